@@ -1,0 +1,1 @@
+"""Benchmark harness for large-scale sequential knowledge editing of language models."""

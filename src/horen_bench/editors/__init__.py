@@ -1,0 +1,1 @@
+"""Editing methods behind one contract (`base`), one module per method."""

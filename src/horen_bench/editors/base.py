@@ -1,0 +1,104 @@
+"""The contract between an editing method and the harness; all that the runner sees of a method."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from horen_bench.cases import EditCase
+
+Action = Literal["inserted", "fine_tuned", "conflict", "failed"]
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """What a memory editor's router decided for one prompt.
+
+    Attributes:
+        entry: index of the best entry, or None while the memory is empty.
+        score: its score (a cosine where keys are normalised); NaN while the memory is empty.
+        matched: whether the score passes the method's threshold, so that the entry acts.
+    """
+
+    entry: int | None
+    score: float
+    matched: bool
+
+
+@dataclass(frozen=True, slots=True)
+class EditRecord:
+    """What happened to one case.
+
+    Attributes:
+        case_id: the case.
+        action: `inserted` (a new entry), `conflict` (a new entry beside a matching one with another
+            label), `fine_tuned` (an old entry trained further), `failed` (nothing was written).
+        entry: the entry that now holds the edit; None where the method has no entries or it failed.
+        route: the router's decision before anything was written.
+        loss: mean token cross-entropy in nats of the written value; NaN where nothing was trained.
+        steps: optimiser steps taken.
+        seconds: wall time of this case.
+        problem: one sentence where something went wrong, else None.
+    """
+
+    case_id: str
+    action: Action
+    entry: int | None
+    route: Route | None
+    loss: float
+    steps: int
+    seconds: float
+    problem: str | None = None
+
+
+class Editor(ABC):
+    """One editing method bound to one model.
+
+    `edit` may batch, cache and parallelise as it likes, but the state after `edit(a); edit(b)` equals the
+    state after `edit(a + b)`. Between calls `model` is an ordinary Hugging Face model that shows the
+    edits to `model(...)` and `model.generate(...)` alike.
+
+    Attributes:
+        model: the edited model.
+        release_mode: how the published evaluation scores this method (`protocol=release`).
+        slice_size: how many cases the editor likes to get at once.
+    """
+
+    model: PreTrainedModel
+    release_mode: ClassVar[Literal["generate", "teacher_forced"]] = "teacher_forced"
+    slice_size: int = 1
+
+    @abstractmethod
+    def edit(self, cases: Sequence[EditCase]) -> list[EditRecord]:
+        """Write the cases on top of the earlier ones, as if one by one and in order."""
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Tensor]:
+        """What the edits so far amount to: enough to go on with the stream after a restart."""
+
+    @abstractmethod
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from a state that `state_dict` gave.
+
+        Raises:
+            ValueError: the state is not one of this editor's, or does not fit its model.
+        """
+
+    @abstractmethod
+    def detach(self) -> None:
+        """Leave the model bit for bit as it was received; calling it twice is fine."""
+
+    @abstractmethod
+    def side_parameters(self) -> int:
+        """Numbers stored beside the base model."""
+
+    def routes(self, prompts: Sequence[str]) -> list[Route | None]:
+        """What the method's router decides for each prompt; None for a method without one."""
+        return [None] * len(prompts)
+
+    def warnings(self) -> list[str]:
+        """Sentences that whoever reads the result must know."""
+        return []

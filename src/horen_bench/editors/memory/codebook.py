@@ -1,0 +1,124 @@
+"""The growing store of (key, value, label) entries that routing looks in."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+_FIRST_CAPACITY = 64
+
+
+class Codebook:
+    """Entries in the order in which they were written; appending is amortised O(1).
+
+    Buffers double when they are full, so that a stream of C inserts copies O(C) numbers in all.
+
+    Args:
+        key_size: `m`, size of a key.
+        value_shapes: shape of each tensor that makes up a value, by name.
+        device: where keys and values live.
+    """
+
+    def __init__(
+        self, key_size: int, value_shapes: Mapping[str, tuple[int, ...]], device: torch.device
+    ) -> None:
+        self._keys = torch.empty((_FIRST_CAPACITY, key_size), device=device)
+        self._values = {
+            name: torch.empty((_FIRST_CAPACITY, *shape), device=device)
+            for name, shape in value_shapes.items()
+        }
+        self.labels: list[tuple[int, ...]] = []
+        self.prompt_lengths: list[int] = []
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def keys(self) -> Tensor:
+        """All keys, float32 `(C, m)`; a view."""
+        return self._keys[: len(self)]
+
+    @property
+    def values(self) -> dict[str, Tensor]:
+        """All values, float32 `(C, ...)` each; views."""
+        return {name: buffer[: len(self)] for name, buffer in self._values.items()}
+
+    def value(self, entry: int | Tensor) -> dict[str, Tensor]:
+        """The value of one entry, or of several (an int64 `(R,)` tensor)."""
+        return {name: buffer[entry] for name, buffer in self._values.items()}
+
+    def append(
+        self, key: Tensor, value: Mapping[str, Tensor], label: tuple[int, ...], prompt_length: int
+    ) -> int:
+        """Write a new entry; its index.
+
+        Args:
+            key: `(m,)`.
+            value: tensors of the shapes given at construction.
+            label: token ids of the target that created the entry.
+            prompt_length: tokens of its prompt (only the release's label rule looks at it).
+        """
+        entry = len(self)
+        if entry == self._keys.shape[0]:
+            self._reserve(2 * entry)
+        self._keys[entry] = key
+        self.labels.append(label)
+        self.prompt_lengths.append(prompt_length)
+        self.set_value(entry, value)
+        return entry
+
+    def set_value(self, entry: int, value: Mapping[str, Tensor]) -> None:
+        """Overwrite the value of an entry; its key and label stay."""
+        for name, buffer in self._values.items():
+            buffer[entry] = value[name]
+
+    def numel(self) -> int:
+        """Numbers held in keys and values."""
+        return self.keys.numel() + sum(value.numel() for value in self.values.values())
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Keys, values and labels as tensors; label `i` is `labels[ends[i-1]:ends[i]]`."""
+        lengths = torch.tensor([len(label) for label in self.labels], dtype=torch.long)
+        return {
+            "keys": self.keys.clone(),
+            **{f"value.{name}": value.clone() for name, value in self.values.items()},
+            "labels": torch.tensor([token for label in self.labels for token in label], dtype=torch.long),
+            "label_ends": lengths.cumsum(dim=0),
+            "prompt_lengths": torch.tensor(self.prompt_lengths, dtype=torch.long),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take over what `state_dict` gave.
+
+        Raises:
+            ValueError: a tensor is missing or has another shape than this codebook's.
+        """
+        expected = {"keys": self._keys, **{f"value.{name}": buf for name, buf in self._values.items()}}
+        for name, buffer in expected.items():
+            if name not in state or state[name].shape[1:] != buffer.shape[1:]:
+                found = tuple(state[name].shape) if name in state else "nothing"
+                raise ValueError(
+                    f"codebook state '{name}' must be (C, *{tuple(buffer.shape[1:])}), got {found}"
+                )
+        ends = [0, *state["label_ends"].tolist()]
+        tokens = state["labels"].tolist()
+        self.labels = [tuple(tokens[a:b]) for a, b in zip(ends, ends[1:], strict=False)]
+        self.prompt_lengths = state["prompt_lengths"].tolist()
+        self._reserve(max(len(self), _FIRST_CAPACITY))
+        for name, buffer in {
+            "keys": self._keys,
+            **{f"value.{n}": b for n, b in self._values.items()},
+        }.items():
+            buffer[: len(self)] = state[name]
+
+    def _reserve(self, capacity: int) -> None:
+        self._keys = _grown(self._keys, capacity)
+        self._values = {name: _grown(buffer, capacity) for name, buffer in self._values.items()}
+
+
+def _grown(buffer: Tensor, capacity: int) -> Tensor:
+    if buffer.shape[0] >= capacity:
+        return buffer
+    larger = buffer.new_empty((capacity, *buffer.shape[1:]))
+    larger[: buffer.shape[0]] = buffer
+    return larger

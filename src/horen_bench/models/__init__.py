@@ -1,0 +1,1 @@
+"""Backbones: their module trees, how they are loaded, changed and put back."""

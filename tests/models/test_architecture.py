@@ -1,0 +1,296 @@
+from collections.abc import Iterator
+from functools import cache
+from typing import Any, cast
+
+import pytest
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
+
+from horen_bench.errors import UserError
+from horen_bench.models.architecture import (
+    check_module,
+    decoder_layer_index,
+    is_last_layer,
+    n_decoder_layers,
+    skeleton,
+)
+from horen_bench.resources import resource
+
+MODELS = {path.stem: path for path in sorted((resource("conf") / "model").glob("*.yaml"))}
+
+# Parameters: the hub's safetensors totals. Memory: key size d_i and value size d_o of the wrapped module.
+PUBLISHED = {
+    "llama3_8b": (8_030_261_248, 14336, 4096),
+    "llama31_8b": (8_030_261_248, 14336, 4096),
+    "deepseek_llama_8b": (8_030_261_248, 14336, 4096),
+    "qwen25_7b": (7_615_616_512, 18944, 3584),
+    "deepseek_qwen_15b": (1_777_088_000, 8960, 1536),
+    "sea_lion_32b": (32_762_123_264, 25600, 5120),
+    "gpt_oss_20b": (20_914_757_184, 4096, 2880),
+    "tiny": (1_574_016, 512, 128),
+}
+
+# Paper Table 3: threshold, pooling ratio.
+TABLE_3 = {
+    "llama3_8b": (0.80, 0.50),
+    "llama31_8b": (0.85, 0.60),
+    "deepseek_llama_8b": (0.85, 0.60),
+    "qwen25_7b": (0.55, 0.60),
+    "deepseek_qwen_15b": (0.60, 0.60),
+    "sea_lion_32b": (0.55, 0.60),
+    "gpt_oss_20b": (0.80, 0.60),
+}
+
+HEAD = ["name", "label", "hub_id", "revision", "dtype", "device_map", "memory_module"]
+BLOCKS = {
+    "horen": {"threshold", "pooling_ratio"},
+    "repair": {"n_iter", "act_weight", "distill_lambda", "act_margin", "act_ratio"},
+    "rome": {"module"},
+    "memit": {"modules"},
+    "alphaedit": {"modules"},
+    "ultraedit": {"modules"},
+    "unke": {"module", "value_lr"},
+    "ft": {"module"},
+    "statistics": {"max_length"},
+}
+METHODS = set(BLOCKS) - {"horen", "repair"}
+WITHOUT = {
+    "deepseek_llama_8b": METHODS - {"ultraedit", "unke"},
+    "gpt_oss_20b": METHODS,
+    "sea_lion_32b": {"unke"},
+}
+
+
+@cache
+def config(name: str) -> DictConfig:
+    return cast(DictConfig, OmegaConf.load(MODELS[name]))
+
+
+@cache
+def tree(name: str) -> PreTrainedModel:
+    return skeleton(cast(dict[str, Any], OmegaConf.to_container(config(name).architecture)))
+
+
+def module_names(node: Any, where: str = "model") -> Iterator[tuple[str, str]]:
+    """Every (configuration key, dotted module name) of a model file."""
+    if isinstance(node, str) and node.startswith("model."):
+        yield where, node
+    elif isinstance(node, dict | list):
+        for key, child in node.items() if isinstance(node, dict) else enumerate(node):
+            yield from module_names(child, f"{where}.{key}")
+
+
+def n_weights(name: str, paths: list[str]) -> int:
+    modules = [check_module(tree(name), path, where="modules") for path in paths]
+    return sum(parameter.numel() for module in modules for parameter in module.parameters())
+
+
+def message(architecture: dict[str, Any]) -> str:
+    with pytest.raises(UserError) as caught:
+        skeleton(architecture)
+    return str(caught.value)
+
+
+def missing(path: str, model: nn.Module | None = None) -> str:
+    with pytest.raises(UserError) as caught:
+        check_module(model or tree("tiny"), path, where="model.memory_module")
+    return str(caught.value)
+
+
+def test_every_model_file_is_known_here() -> None:
+    assert set(MODELS) == set(PUBLISHED)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_name_is_the_file_stem_and_every_key_is_one_that_methods_read(name: str) -> None:
+    blocks = [block for block in BLOCKS if block not in WITHOUT.get(name, set())]
+    assert config(name).name == name
+    assert list(config(name)) == [*HEAD, *blocks, "architecture"]
+    assert {block: set(config(name)[block]) for block in blocks} == {block: BLOCKS[block] for block in blocks}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_module_named_in_the_file_exists(name: str) -> None:
+    named = list(module_names(OmegaConf.to_container(config(name))))
+    assert ("model.memory_module", config(name).memory_module) in named
+    for where, path in named:
+        assert check_module(tree(name), path, where=where) is tree(name).get_submodule(path)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_parameter_count_is_the_published_one(name: str) -> None:
+    assert sum(parameter.numel() for parameter in tree(name).parameters()) == PUBLISHED[name][0]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_memory_module_has_the_key_and_value_size_of_the_paper_runs(name: str) -> None:
+    module = check_module(tree(name), config(name).memory_module, where="model.memory_module")
+    assert isinstance(module, nn.Linear)
+    assert (module.in_features, module.out_features) == PUBLISHED[name][1:]
+    assert (module.bias is not None) == (name == "gpt_oss_20b")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_nothing_is_allocated(name: str) -> None:
+    assert {parameter.device.type for parameter in tree(name).parameters()} == {"meta"}
+
+
+@pytest.mark.parametrize("name", TABLE_3)
+def test_threshold_and_pooling_ratio_are_those_of_table_3(name: str) -> None:
+    assert (config(name).horen.threshold, config(name).horen.pooling_ratio) == TABLE_3[name]
+
+
+# Edited parameters as the UltraEdit release reports them: gate and up projections, hidden x inner size each.
+@pytest.mark.parametrize(
+    ("name", "n_modules", "n_parameters"),
+    [
+        ("llama3_8b", 12, 704_643_072),
+        ("llama31_8b", 12, 704_643_072),
+        ("deepseek_llama_8b", 12, 704_643_072),
+        ("qwen25_7b", 18, 1_222_115_328),
+        ("sea_lion_32b", 18, 2_359_296_000),
+        ("deepseek_qwen_15b", 10, 137_625_600),
+    ],
+)
+def test_ultraedit_edits_the_matrices_of_its_release(name: str, n_modules: int, n_parameters: int) -> None:
+    modules = list(config(name).ultraedit.modules)
+    assert len(set(modules)) == n_modules
+    assert n_weights(name, modules) == n_parameters
+    assert modules == sorted(modules, key=lambda path: ("up_proj" in path, decoder_layer_index(path)))
+
+
+@pytest.mark.parametrize(("name", "n_parameters"), [("llama3_8b", 218_112_000), ("qwen25_7b", 233_057_792)])
+def test_unke_edits_one_whole_block(name: str, n_parameters: int) -> None:
+    assert n_weights(name, [config(name).unke.module]) == n_parameters
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_only_deepseek_qwen_keeps_its_memory_in_the_last_layer(name: str) -> None:
+    assert is_last_layer(tree(name), config(name).memory_module) == (name == "deepseek_qwen_15b")
+
+
+@pytest.mark.parametrize(
+    ("path", "layer"),
+    [
+        ("model.layers.24.mlp.down_proj", 24),
+        ("model.layers.7", 7),
+        ("transformer.h.3.mlp.c_proj", 3),
+        ("model.layers.20.mlp.experts.3.down_proj", 20),
+        ("model.embed_tokens", None),
+        ("lm_head", None),
+    ],
+)
+def test_layer_number_is_the_first_number_of_the_path(path: str, layer: int | None) -> None:
+    assert decoder_layer_index(path) == layer
+
+
+def test_number_of_layers_is_read_under_any_architectures_own_name() -> None:
+    gpt2 = skeleton({"model_type": "gpt2", "n_layer": 3, "n_embd": 8, "n_head": 2, "vocab_size": 16})
+    assert isinstance(gpt2, GPT2LMHeadModel)
+    assert isinstance(gpt2.config, GPT2Config)
+    assert n_decoder_layers(gpt2) == 3
+    assert is_last_layer(gpt2, "transformer.h.2.mlp.c_proj")
+    assert not is_last_layer(gpt2, "transformer.h.1.mlp.c_proj")
+    assert not is_last_layer(gpt2, "lm_head")
+
+
+def test_architecture_straight_from_a_model_file_is_accepted() -> None:
+    assert n_decoder_layers(skeleton(config("llama31_8b").architecture)) == 32
+
+
+def test_rotary_settings_reach_the_model() -> None:
+    assert tree("llama31_8b").config.rope_parameters == {
+        "rope_type": "llama3",
+        "rope_theta": 500000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+
+
+@pytest.mark.parametrize(
+    ("architecture", "text"),
+    [
+        pytest.param(
+            {"model_type": "qwen22"},
+            "model.architecture.model_type=qwen22: transformers has no causal language model of this type; "
+            "did you mean qwen2?",
+            id="misspelt type",
+        ),
+        pytest.param(
+            {"model_type": "zzzzzzzz"},
+            "model.architecture.model_type=zzzzzzzz: transformers has no causal language model of this type; "
+            "one it has is llama",
+            id="type like no other",
+        ),
+        pytest.param(
+            {"hidden_size": 8},
+            "model.architecture.model_type=: transformers has no causal language model of this type; "
+            "one it has is llama",
+            id="no type",
+        ),
+        pytest.param(
+            {"model_type": "llama", "hiden_size": 8},
+            "model.architecture.hiden_size: 'llama' has no such argument; did you mean hidden_size?",
+            id="misspelt argument",
+        ),
+        pytest.param(
+            {"model_type": "llama", "xyzzy": 8},
+            "model.architecture.xyzzy: 'llama' has no such argument; config.json on the model's hub page has "
+            "the names",
+            id="argument like no other",
+        ),
+        pytest.param(
+            {"model_type": "llama", "hidden_size": "big"},
+            "model.architecture: transformers cannot build a 'llama' from these values (TypeError: Field "
+            "'hidden_size' expected int, got str (value: 'big'))",
+            id="wrong type of value",
+        ),
+        pytest.param(
+            {"model_type": "llama", "hidden_size": 100, "num_attention_heads": 7},
+            "model.architecture: transformers cannot build a 'llama' from these values (ValueError: The "
+            "hidden size (100) is not a multiple of the number of attention heads (7).)",
+            id="values that do not fit",
+        ),
+        pytest.param(
+            {"model_type": "llama", "hidden_act": "swush"},
+            "model.architecture: transformers cannot build a 'llama' from these values (KeyError: 'swush')",
+            id="unknown activation",
+        ),
+    ],
+)
+def test_bad_architecture_is_told_in_one_sentence(architecture: dict[str, Any], text: str) -> None:
+    assert message(architecture) == text
+
+
+@pytest.mark.parametrize(
+    ("path", "found"),
+    [
+        ("model.layers.9.mlp.down_proj", "model.layers has 4 entries, 0 to 3"),
+        ("model.layers.-1.mlp.down_proj", "model.layers has 4 entries, 0 to 3"),
+        (
+            "model.layers.2.mlp.down_prj",
+            "model.layers.2.mlp has gate_proj, up_proj, down_proj, act_fn; did you mean down_proj?",
+        ),
+        ("model.layers.2.mlp.c_fc", "model.layers.2.mlp has gate_proj, up_proj, down_proj, act_fn"),
+        ("model.layers.2.mlp.down_proj.weight", "model.layers.2.mlp.down_proj has no modules inside"),
+        ("transformer.h.2", "at its root it has model, lm_head"),
+        ("", "at its root it has model, lm_head"),
+    ],
+)
+def test_missing_module_is_told_with_what_is_there(path: str, found: str) -> None:
+    assert missing(path) == f"model.memory_module={path}: LlamaForCausalLM has no such module; {found}"
+
+
+def test_fused_experts_have_no_matrix_to_wrap() -> None:
+    assert missing("model.layers.20.mlp.experts.down_proj", tree("gpt_oss_20b")) == (
+        "model.memory_module=model.layers.20.mlp.experts.down_proj: GptOssForCausalLM has no such module; "
+        "model.layers.20.mlp.experts has no modules inside"
+    )
+
+
+def test_model_files_open_with_their_sources() -> None:
+    for path in MODELS.values():
+        assert path.read_text(encoding="utf-8").startswith("# ")
