@@ -48,7 +48,7 @@ class EncodedEdit:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Padded sequences: `input_ids` and `attention_mask`, both int64 `(B, T)`; the mask is 1 on real tokens."""
+    """Padded sequences: `input_ids` and `attention_mask`, int64 `(B, T)`; the mask is 1 on real tokens."""
 
     input_ids: Tensor
     attention_mask: Tensor
@@ -73,7 +73,7 @@ def encode_continuations(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str
 
 
 def encode_plain(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of each text alone: no leading space, no special tokens; what decoded answers compare with."""
+    """Token ids of each text alone, no leading space, no special tokens: for comparing decoded answers."""
     return _ids(tokenizer, list(texts), special=False) if texts else []
 
 

@@ -42,7 +42,7 @@ TABLE_3 = {
     "gpt_oss_20b": (0.80, 0.60),
 }
 
-HEAD = ["name", "label", "hub_id", "revision", "dtype", "device_map", "memory_module"]
+HEAD = ["name", "label", "hub_id", "revision", "dtype", "device_map", "threads", "memory_module"]
 BLOCKS = {
     "horen": {"threshold", "pooling_ratio"},
     "repair": {"n_iter", "act_weight", "distill_lambda", "act_margin", "act_ratio"},

@@ -7,7 +7,7 @@ Shapes: `B` sequences of `T` tokens, `m` input and `d` output size of the module
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Literal
@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from horen_bench.cases import EditCase
-from horen_bench.editors.base import EditRecord, Editor, Route
+from horen_bench.editors.base import Action, Editor, EditRecord, Route
 from horen_bench.editors.memory.adaptors import Adaptor, LoraAdaptor, VectorAdaptor
 from horen_bench.editors.memory.codebook import Codebook
 from horen_bench.editors.memory.hopfield import refine
@@ -44,7 +44,7 @@ _TIE = 1e-6
 
 @dataclass(frozen=True, slots=True)
 class Matches:
-    """Routing decisions for `B` queries, all `(B,)`: best entry, its score, whether it passes the threshold."""
+    """Decisions for `B` queries, all `(B,)`: best entry, its score, whether it passes the threshold."""
 
     entries: Tensor
     scores: Tensor
@@ -200,23 +200,21 @@ class HorenEditor(Editor):
             return record("failed", None, None, math.nan, 0, seconds, "the target has no token to write")
         query = self.queries([encoded.prompt])
         route = next(_as_routes(self.match(query))) if len(self.codebook) else None
-        consistent = route is not None and route.matched and self._consistent(route.entry, encoded)
-        entry = route.entry if consistent else None
+        matched = route.entry if route and route.matched else None
+        entry = matched if matched is not None and self._consistent(matched, encoded) else None
+        action: Action = "inserted" if matched is None else "conflict" if entry is None else "fine_tuned"
         start = self.codebook.value(entry) if entry is not None else self._initial_value(index)
         trained = self._train(encoded, start)
         if entry is None:
             entry = self.codebook.append(query[0], trained.value, encoded.target, len(encoded.prompt))
         else:
             self.codebook.set_value(entry, trained.value)
-        matched = route is not None and route.matched
-        action = "fine_tuned" if consistent else "conflict" if matched else "inserted"
         problem = None if trained.finite else "the loss was not finite; the last finite value was kept"
         seconds = time.perf_counter() - started
         return record(action, entry, route, trained.loss, trained.steps, seconds, problem)
 
-    def _consistent(self, entry: int | None, edit: EncodedEdit) -> bool:
+    def _consistent(self, entry: int, edit: EncodedEdit) -> bool:
         """Whether the matched entry was created by the same target (branch ii)."""
-        assert entry is not None
         label, length = self.codebook.labels[entry], self.codebook.prompt_lengths[entry]
         if self.label_rule == "tokens":
             return label == edit.target
@@ -273,7 +271,7 @@ class HorenEditor(Editor):
 
 
 def _suffix_mean(inputs: Tensor, mask: Tensor, ratio: float) -> Tensor:
-    """Mean of `(B, T, m)` over the last `max(1, ceil(ratio * P))` of each row's `P` true positions, float32."""
+    """Mean of `(B, T, m)` over the last `max(1, ceil(ratio * P))` of a row's `P` true positions, float32."""
     n_prompt = mask.sum(dim=1)
     # The product is rounded first: 0.6 * 5 is 3.0000000000000004 and would pool a token too many.
     n_pooled = (n_prompt.double() * ratio).round(decimals=9).ceil().clamp(min=1)
@@ -283,7 +281,7 @@ def _suffix_mean(inputs: Tensor, mask: Tensor, ratio: float) -> Tensor:
     return torch.einsum("bt,btm->bm", weights, inputs.float())
 
 
-def _as_routes(matches: Matches) -> Any:
+def _as_routes(matches: Matches) -> Iterator[Route]:
     columns = (matches.entries.tolist(), matches.scores.tolist(), matches.matched.tolist())
     return (Route(entry, score, matched) for entry, score, matched in zip(*columns, strict=True))
 

@@ -77,8 +77,9 @@ def _interval(
 
 def _nan_mean(scores: Scores, axis: int) -> Scores:
     counts = (~np.isnan(scores)).sum(axis=axis)
-    total: Scores = np.nansum(scores, axis=axis)
-    return np.divide(total, counts, out=np.full_like(total, np.nan), where=counts > 0)
+    total = np.nansum(scores, axis=axis)
+    mean: Scores = np.divide(total, counts, out=np.full_like(total, np.nan), where=counts > 0)
+    return mean
 
 
 def _op_of_samples(rel: Scores, gen: Scores, loc: Scores, axis: int) -> Scores:

@@ -6,6 +6,7 @@ Lets a run fail within a second on a layer that the model lacks, before any weig
 import difflib
 import traceback
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -53,6 +54,22 @@ def skeleton(architecture: Mapping[str, Any]) -> PreTrainedModel:
         raise UserError(
             f"model.architecture: transformers cannot build a '{model_type}' from these values ({reason})"
         ) from error
+    return model
+
+
+def folder_skeleton(folder: Path) -> PreTrainedModel:
+    """Like `skeleton`, for the `config.json` of a local model folder.
+
+    Raises:
+        UserError: no readable `config.json` of a causal language model.
+    """
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"model.hub_id={folder}: no causal language model to load here ({reason})") from error
     return model
 
 

@@ -1,6 +1,7 @@
 """The growing store of (key, value, label) entries that routing looks in."""
 
 from collections.abc import Mapping
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -24,8 +25,7 @@ class Codebook:
     ) -> None:
         self._keys = torch.empty((_FIRST_CAPACITY, key_size), device=device)
         self._values = {
-            name: torch.empty((_FIRST_CAPACITY, *shape), device=device)
-            for name, shape in value_shapes.items()
+            name: torch.empty((_FIRST_CAPACITY, *shape), device=device) for name, shape in value_shapes.items()
         }
         self.labels: list[tuple[int, ...]] = []
         self.prompt_lengths: list[int] = []
@@ -102,7 +102,7 @@ class Codebook:
                 )
         ends = [0, *state["label_ends"].tolist()]
         tokens = state["labels"].tolist()
-        self.labels = [tuple(tokens[a:b]) for a, b in zip(ends, ends[1:], strict=False)]
+        self.labels = [tuple(tokens[a:b]) for a, b in pairwise(ends)]
         self.prompt_lengths = state["prompt_lengths"].tolist()
         self._reserve(max(len(self), _FIRST_CAPACITY))
         for name, buffer in {

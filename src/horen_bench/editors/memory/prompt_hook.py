@@ -64,7 +64,7 @@ class PromptHook:
         self._handles.clear()
         self._model.__dict__.pop("generate", None)
 
-    def _before_model(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _before_model(self, _model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         passed = self._signature.bind_partial(*args, **kwargs).arguments
         passed |= passed.get("kwargs", {})
         tokens = passed.get("input_ids")
@@ -74,10 +74,10 @@ class PromptHook:
         shape = (tokens.shape[0], tokens.shape[1])
         self._mask = prompt_mask(shape, passed.get("attention_mask"), tokens.device) if prefill else None
 
-    def _after_model(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def _after_model(self, _model: nn.Module, _args: tuple[Any, ...], _output: Any) -> None:
         self._mask = None
 
-    def _after_module(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+    def _after_module(self, _module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
         if self._mask is None:
             return None
         return self._respond(args[0], output, self._mask.to(output.device))
@@ -91,7 +91,7 @@ def cached_length(passed: Mapping[str, Any]) -> int:
 
 def _announcing(model: PreTrainedModel) -> Callable[..., Any]:
     """The model's own `generate`, run inside `announced_prompt` on rows padded on the left."""
-    plain = model.generate
+    plain: Callable[..., Any] = getattr(type(model), "generate").__get__(model)  # noqa: B009 - its type is not declared
 
     @functools.wraps(plain)
     def generate(inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -110,9 +110,9 @@ def _announcing(model: PreTrainedModel) -> Callable[..., Any]:
 
 def _inferred_mask(model: PreTrainedModel, tokens: Tensor) -> Tensor:
     """What `generate` itself assumes without a mask: pad ids are padding unless pad is also EOS."""
-    config = model.generation_config
-    pad, eos = config.pad_token_id, config.eos_token_id
-    eos_ids = eos if isinstance(eos, list) else [eos]
+    config: Any = model.generation_config
+    pad: int | None = config.pad_token_id
+    eos_ids = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     if pad is None or pad in eos_ids:
         return torch.ones_like(tokens)
     return (tokens != pad).long()

@@ -1,0 +1,1 @@
+"""Datasets: each yields `EditCase`s in stream order."""

@@ -1,0 +1,136 @@
+"""Loading a causal language model and its tokenizer, from the hub, a local folder, or the package itself."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from horen_bench.errors import UserError
+from horen_bench.resources import resource
+
+EMBEDDED = "embedded:"
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A frozen model in evaluation mode, its tokenizer, and what names its weights.
+
+    Attributes:
+        model: no parameter requires a gradient.
+        tokenizer: as published; nothing is added to it.
+        fingerprint: a hash that changes with the weights or the dtype; names cached base answers.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    fingerprint: str
+
+
+def load_model(
+    hub_id: str, *, dtype: str, device: str, device_map: str | None = None, revision: str | None = None
+) -> LoadedModel:
+    """Load a model from safetensors; code from the hub is never run.
+
+    Args:
+        hub_id: a hub id, a local folder, or `embedded:NAME` for a model that travels with the package.
+        dtype: a torch dtype by name, e.g. `bfloat16`.
+        device: where to put it when `device_map` is None, e.g. `cuda`.
+        device_map: `auto` spreads the layers over several GPUs (accelerate).
+        revision: branch, tag or commit on the hub.
+
+    Raises:
+        UserError: no such dtype or device, or the files are missing, gated, or not safetensors.
+    """
+    options: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
+    source = model_source(hub_id)
+    try:
+        with _quiet_transformers():
+            tokenizer = AutoTokenizer.from_pretrained(source, **options)
+            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+                source, dtype=_dtype(dtype), device_map=device_map, use_safetensors=True, **options
+            )
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        raise UserError(_why_not_loaded(hub_id, error)) from error
+    if device_map is None:
+        model.to(_device(device))  # type: ignore[arg-type]  # torch's own overloads confuse the stub
+    model.requires_grad_(False)
+    model.eval()
+    return LoadedModel(model, tokenizer, f"{_weights_hash(source, model)}-{dtype}")
+
+
+def model_source(hub_id: str) -> str:
+    """What transformers is asked for: the folder of an embedded model, else the id as given."""
+    if not hub_id.startswith(EMBEDDED):
+        return hub_id
+    folder = resource("data") / hub_id.removeprefix(EMBEDDED)
+    if not folder.is_dir():
+        raise UserError(f"model.hub_id={hub_id}: no such embedded model; the package brings embedded:tiny")
+    return str(folder)
+
+
+def default_device() -> str:
+    """`cuda` where there is one, else `mps`, else `cpu`."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+class _quiet_transformers:  # noqa: N801 - reads as a verb in `with`
+    """Keeps the progress bars of loading out of ours."""
+
+    def __enter__(self) -> None:
+        self._shown = transformers_logging.is_progress_bar_enabled()
+        transformers_logging.disable_progress_bar()
+
+    def __exit__(self, *_: object) -> None:
+        if self._shown:
+            transformers_logging.enable_progress_bar()
+
+
+def _dtype(name: str) -> torch.dtype:
+    found = getattr(torch, name, None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise UserError(f"model.dtype={name} is no floating-point dtype; write float32, bfloat16 or float16")
+    return found
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"device={name} cannot be used here ({reason}); write cpu, cuda or cuda:N") from error
+    return device
+
+
+def _why_not_loaded(hub_id: str, error: Exception) -> str:
+    chain = [error, error.__cause__, error.__context__]
+    if any(isinstance(link, GatedRepoError) for link in chain):
+        return f"{hub_id} is gated: accept its licence on huggingface.co, then run `hf auth login`"
+    if any(isinstance(link, LocalEntryNotFoundError | ConnectionError) for link in chain):
+        return (
+            f"{hub_id} is not in the local cache and huggingface.co cannot be reached; download it elsewhere "
+            "and give its folder with model.hub_id=/path/to/folder"
+        )
+    reason = " ".join(str(error).split())
+    return (
+        f"{hub_id} cannot be loaded ({reason[:200]}); give a hub id or a folder with config.json, "
+        "tokenizer files and *.safetensors in model.hub_id="
+    )
+
+
+def _weights_hash(source: str, model: PreTrainedModel) -> str:
+    """The hub commit where there is one, else a hash over names, sizes and times of a folder's files."""
+    commit = getattr(model.config, "_commit_hash", None)
+    if commit:
+        return str(commit)[:16]
+    files = sorted(path for path in Path(source).iterdir() if path.suffix in (".safetensors", ".json"))
+    stamps = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return hashlib.sha256(json.dumps(stamps).encode()).hexdigest()[:16]

@@ -1,0 +1,106 @@
+"""Checks a run's configuration before any weight is loaded.
+
+Each fault is one sentence that says what was written, what is allowed, and what to write instead.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hydra.errors import InstantiationException
+from hydra.utils import get_class, instantiate
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from horen_bench.editors.base import Editor
+from horen_bench.errors import UserError
+from horen_bench.evaluation import protocol_of
+from horen_bench.models.architecture import folder_skeleton, skeleton
+from horen_bench.models.loading import model_source
+
+Config = Mapping[str, Any]
+
+
+def resolved(config: DictConfig) -> dict[str, Any]:
+    """The configuration as plain values.
+
+    Raises:
+        UserError: a value refers to one that is not there, e.g. a method without values for this backbone.
+    """
+    try:
+        values = OmegaConf.to_container(config, resolve=True)
+    except InterpolationKeyError as error:
+        raise UserError(
+            f"method={config.method.name} needs a value that conf/model/{config.model.name}.yaml lacks "
+            f"({' '.join(str(error.msg).split())}); add it there or set {error.full_key} yourself"
+        ) from error
+    except OmegaConfBaseException as error:
+        raise UserError(f"the configuration does not resolve: {' '.join(str(error).split())}") from error
+    return {str(key): value for key, value in dict(values).items()}  # type: ignore[arg-type]
+
+
+def check(config: Config) -> None:
+    """Check numbers, protocol and method; the method is built on a model without weights.
+
+    Raises:
+        UserError: something cannot be run.
+    """
+    _check_count("n", config["n"])
+    checkpoints = config["checkpoints"]
+    if not isinstance(checkpoints, list):
+        raise UserError(f"checkpoints must be a list such as [100,500,1000], got {checkpoints!r}")
+    for checkpoint in checkpoints:
+        _check_count("checkpoints", checkpoint)
+    _check_count("batch_size", config["batch_size"])
+    protocol_of(config["protocol"], "generate")
+    bare = _model_without_weights(config["model"])
+    if bare is not None:
+        build_editor(config, bare, tokenizer=None)
+
+
+def checkpoints_of(config: Config) -> list[int]:
+    """The checkpoints up to `n`, ascending; `n` always is one."""
+    return sorted({c for c in config["checkpoints"] if c < config["n"]} | {config["n"]})
+
+
+def editor_class(config: Config) -> type[Editor]:
+    """The class of the configured method."""
+    found: type[Editor] = get_class(config["method"]["_target_"])
+    return found
+
+
+def build_editor(config: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> Editor:
+    """The configured method on a model.
+
+    Raises:
+        UserError: the method refuses its settings.
+    """
+    arguments = {key: value for key, value in config["method"].items() if key not in ("name", "label")}
+    try:
+        editor: Editor = instantiate(
+            arguments,
+            model=model,
+            tokenizer=tokenizer,
+            seed=config["seed"],
+            _recursive_=False,
+            _convert_="all",
+        )
+    except InstantiationException as error:
+        if isinstance(error.__cause__, UserError):
+            raise error.__cause__ from error
+        reason = " ".join(str(error.__cause__ or error).split())
+        raise UserError(f"method={config['method']['name']} cannot be built: {reason}") from error
+    return editor
+
+
+def _check_count(name: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise UserError(f"{name} must hold whole numbers of at least 1, got {value!r}")
+
+
+def _model_without_weights(model: Config) -> PreTrainedModel | None:
+    source = Path(model_source(model["hub_id"]))
+    if source.is_dir():
+        return folder_skeleton(source)
+    return skeleton(model["architecture"]) if model.get("architecture") else None

@@ -1,0 +1,211 @@
+"""Run directories: what a run wrote down, in files that are whole at every moment.
+
+A run is a stream of edits into one model by one method; its identity does not depend on how far the stream
+went, so N = 100 and N = 1000 of the same stream share a directory:
+
+    <results_dir>/runs/<model>-<method>-<dataset>-<identity>/
+        config.yaml          the resolved configuration
+        environment.json     versions, device, commit
+        checkpoints.csv      one row per checkpoint
+        cases.parquet/       one file per checkpoint, one row per case
+        state/               where the stream stands, to go on from
+
+Every write goes to a temporary file that is flushed and renamed, so a process killed at any moment leaves
+the old file or the new one. Nothing is pickled: CSV, Parquet, JSON, YAML, safetensors.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from horen_bench.errors import UserError
+
+# Two processes that agree on these go on with one run; n, paths, device and the like may differ.
+_LASTING = ("method", "dataset", "protocol", "seed")
+# The rest of a model's file reaches a run only through what the method interpolates from it.
+_LASTING_OF_MODEL = ("name", "hub_id", "revision", "dtype")
+
+
+def identity(config: Mapping[str, Any]) -> str:
+    """Ten hex digits that name a run: a hash of its resolved configuration without the volatile parts."""
+    lasting = {key: config[key] for key in _LASTING}
+    lasting["model"] = {key: config["model"][key] for key in _LASTING_OF_MODEL}
+    return hashlib.sha256(json.dumps(lasting, sort_keys=True).encode()).hexdigest()[:10]
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on success it takes its place, flushed to the disk first.
+
+    Raises:
+        UserError: the disk is full or not writable; what was at `path` is untouched.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except (OSError, SafetensorError) as error:
+        raise _unwritable(path, error) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a text file as a whole."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def _unwritable(path: Path, error: OSError | SafetensorError) -> UserError:
+    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
+    what = "the disk is full" if full else f"it cannot be written ({error})"
+    advice = "free some space" if full else "mend that, or choose another place with results_dir="
+    return UserError(f"{path}: {what}; {advice} and run the same command again, what is finished is kept")
+
+
+class RunStore:
+    """One run directory.
+
+    Args:
+        path: the directory; created when something is first written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._checkpoints = path / "checkpoints.csv"
+        self._cases = path / "cases.parquet"
+        self._state = path / "state" / "stream.safetensors"
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the directory; the lock goes with the process, however it ends.
+
+        Raises:
+            UserError: another process holds it.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            with FileLock(self.path / ".lock", timeout=0):
+                yield
+        except Timeout:
+            raise UserError(
+                f"another process is working on this run ({self.path}); wait for it, or change the settings"
+            ) from None
+        except OSError as error:
+            raise _unwritable(self.path, error) from error
+
+    def clear(self) -> None:
+        """Forget everything that the run wrote, the lock apart."""
+        for path in self.path.glob("*"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    def describe(self, config: str, environment: Mapping[str, Any]) -> None:
+        """Write `config.yaml` and `environment.json`."""
+        write_text(self.path / "config.yaml", config)
+        write_text(self.path / "environment.json", json.dumps(environment, indent=2) + "\n")
+
+    # --- Results ---------------------------------------------------------------------------------------
+
+    def checkpoints(self) -> pd.DataFrame:
+        """The checkpoint rows in order of `n`; empty if there is none."""
+        if not self._checkpoints.exists():
+            return pd.DataFrame({"n": pd.Series(dtype="int64")})
+        return pd.read_csv(self._checkpoints)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The checkpoint rows as mappings."""
+        records = self.checkpoints().to_dict("records")
+        return [{str(key): value for key, value in row.items()} for row in records]
+
+    def cases(self) -> pd.DataFrame:
+        """The per-case rows of all checkpoints, column `n` first; empty if there is none."""
+        numbers = self.checkpoints()["n"]
+        parts = [pd.read_parquet(self._part(n)) for n in numbers if self._part(n).exists()]
+        return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
+
+    def add_checkpoint(self, row: Mapping[str, Any], cases: pd.DataFrame) -> None:
+        """Write the per-case rows, then the checkpoint's row, which makes them count.
+
+        Args:
+            row: the row; `n` names the checkpoint, None is a missing value.
+            cases: one row per case.
+        """
+        with replacing(self._part(row["n"])) as temporary:
+            cases.to_parquet(temporary, index=False)
+        others = [old for old in self.rows() if old["n"] != row["n"]]
+        rows = sorted([*others, dict(row)], key=lambda one: one["n"])
+        with replacing(self._checkpoints) as temporary:
+            pd.DataFrame(rows).to_csv(temporary, index=False)
+
+    def _part(self, n: int) -> Path:
+        return self._cases / f"{n:09d}.parquet"
+
+    # --- State -----------------------------------------------------------------------------------------
+
+    def save_state(self, tensors: Mapping[str, Tensor], progress: Mapping[str, Any]) -> None:
+        """Write where the stream stands, as one file.
+
+        Args:
+            tensors: the editor's state.
+            progress: plain values (JSON).
+        """
+        contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        with replacing(self._state) as temporary:
+            save_file(contiguous, temporary, metadata={"progress": json.dumps(progress)})
+
+    def load_state(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """What `save_state` wrote last, or None.
+
+        Raises:
+            UserError: the file is damaged.
+        """
+        if not self._state.exists():
+            return None
+        try:
+            with safe_open(self._state, framework="pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+                progress: dict[str, Any] = json.loads(file.metadata()["progress"])
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise UserError(
+                f"{self._state} is damaged ({error}); start the run again with force=true"
+            ) from error
+        return tensors, progress
+
+
+# --- What the base model answers ---------------------------------------------------------------------------
+
+
+def cached_answers(
+    path: Path, keys: Sequence[str], answer: Callable[[list[int]], list[dict[str, list[int]]]]
+) -> list[dict[str, list[int]]]:
+    """Look answers up by key; ask for those that the file lacks, and add them to it.
+
+    Args:
+        path: a JSON file of earlier answers, or where it shall be.
+        keys: one per question.
+        answer: called with the positions of the missing questions; token ids by name for each.
+    """
+    try:
+        known: dict[str, dict[str, list[int]]] = json.loads(path.read_text()) if path.exists() else {}
+    except ValueError:
+        known = {}  # a cache: asked again and overwritten
+    missing = [i for i, key in enumerate(keys) if key not in known]
+    if missing:
+        known.update(zip((keys[i] for i in missing), answer(missing), strict=True))
+        write_text(path, json.dumps(known))
+    return [known[key] for key in keys]

@@ -1,0 +1,308 @@
+"""The run: write the stream of edits, question the model at each checkpoint, record, go on after a stop."""
+
+import hashlib
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.progress import Task as ProgressTask
+from rich.text import Text
+
+from horen_bench.cases import EditCase
+from horen_bench.editors.base import Editor, EditRecord, Route
+from horen_bench.errors import UserError
+from horen_bench.evaluation import Answer, Examiner, Question, protocol_of, questions_about
+from horen_bench.measurement import Stopwatch, environment, peak_memory
+from horen_bench.models.loading import default_device, load_model
+from horen_bench.rows import asked_table, overlap_warnings, per_case, summary
+from horen_bench.settings import Config, build_editor, check, checkpoints_of, editor_class
+from horen_bench.store import RunStore, cached_answers, identity
+from horen_bench.tracking import Tracker
+
+
+@dataclass(frozen=True, slots=True)
+class RunResult:
+    """What a finished run left: its store, the rows up to the wanted N, and why tracking failed if it did."""
+
+    store: RunStore
+    rows: pd.DataFrame
+    reused: bool
+    tracking_problem: str | None = None
+
+
+def run(config: Config, console: Console) -> RunResult:
+    """Do what is missing of a run and return its rows.
+
+    Args:
+        config: plain values, as `settings.resolved` gives them.
+        console: where progress is shown.
+
+    Raises:
+        UserError: the configuration cannot be run, or the disk refuses.
+    """
+    check(config)
+    wanted = checkpoints_of(config)
+    cases = instantiate(_without_names(config["dataset"])).cases(config["n"])
+    run_id = identity(config)
+    names = [config[part]["name"] for part in ("model", "method", "dataset")]
+    store = RunStore(Path(config["results_dir"]) / "runs" / "-".join([*names, run_id]))
+    with store.locked():
+        if config["force"]:
+            store.clear()
+        done = set(store.checkpoints()["n"])
+        missing = [n for n in wanted if n not in done]
+        problem = None
+        if missing:
+            tracker: Tracker = instantiate(config["tracker"])
+            stream = _prepare(config, cases, store, run_id, console)
+            stream.take_up(before=missing[0])
+            problem = _tracked(stream, missing, tracker, config)
+        rows = store.checkpoints()
+        return RunResult(store, rows[rows["n"].isin(wanted)], reused=not missing, tracking_problem=problem)
+
+
+def _tracked(stream: "Stream", missing: Sequence[int], tracker: Tracker, config: Config) -> str | None:
+    tracker.start(stream.store.path, stream.facts["run"], config, stream.store.rows())
+    try:
+        for row in stream.proceed(missing):
+            tracker.log(row)
+    except BaseException:
+        tracker.abort()
+        raise
+    tracker.finish(stream.store.cases())
+    return tracker.problem
+
+
+def _prepare(config: Config, cases: list[EditCase], store: RunStore, run_id: str, console: Console) -> "Stream":
+    """Load the model, ask it everything while it is unedited, put the editor on."""
+    device = config["device"] or default_device()
+    if config["threads"]:
+        torch.set_num_threads(config["threads"])
+    spec = config["model"]
+    loaded = load_model(
+        spec["hub_id"],
+        dtype=spec["dtype"],
+        device=device,
+        device_map=spec["device_map"],
+        revision=spec["revision"],
+    )
+    store.describe(OmegaConf.to_yaml(OmegaConf.create(dict(config))), environment(device))
+    protocol = protocol_of(config["protocol"], editor_class(config).release_mode)
+    examiner = Examiner(loaded.model, loaded.tokenizer, protocol, config["batch_size"])
+    questions = questions_about(cases)
+    cache = Path(config["results_dir"]) / "base_answers" / f"{loaded.fingerprint}-{protocol.cache_name}.json"
+    with _progress(console) as progress:
+        base = _base_answers(cache, examiner, questions, progress)
+    editor = build_editor(config, loaded.model, loaded.tokenizer)
+    facts = {
+        "run": run_id,
+        **{part: config[part]["name"] for part in ("model", "method", "dataset")},
+        "protocol": protocol.name,
+        "seed": config["seed"],
+        "device": device,
+    }
+    return Stream(editor, examiner, cases, questions, base, store, facts, config["save_every"], console)
+
+
+def _base_answers(
+    cache: Path, examiner: Examiner, questions: Sequence[Question], progress: Progress
+) -> list[Answer]:
+    def ask(missing: list[int]) -> list[dict[str, list[int]]]:
+        task = progress.add_task("asking the base model", total=len(missing), unit="questions")
+        answers = examiner.ask([questions[i] for i in missing], lambda n: progress.advance(task, n))
+        return [{"ids": list(answer.ids), "scored_ids": list(answer.scored_ids)} for answer in answers]
+
+    found = cached_answers(cache, [question.key for question in questions], ask)
+    return [Answer(tuple(one["ids"]), tuple(one["scored_ids"])) for one in found]
+
+
+@dataclass(slots=True)
+class Position:
+    """Where a stream stands.
+
+    Attributes:
+        records: what happened to each case so far.
+        edit_seconds: wall time spent in the editor, device synchronised.
+    """
+
+    records: list[EditRecord] = field(default_factory=list)
+    edit_seconds: float = 0.0
+
+    @property
+    def n(self) -> int:
+        """Number of cases written."""
+        return len(self.records)
+
+    def to_json(self, cases: Sequence[EditCase]) -> dict[str, Any]:
+        """Plain values, with a hash of the cases that they are about."""
+        records = [asdict(record) for record in self.records]
+        return {"records": records, "edit_seconds": self.edit_seconds, "cases": _hash_of(cases[: self.n])}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "Position":
+        """The position that `to_json` described."""
+        records = [
+            EditRecord(**{**one, "route": Route(**one["route"]) if one["route"] else None})
+            for one in values["records"]
+        ]
+        return cls(records, values["edit_seconds"])
+
+
+@dataclass(slots=True)
+class Stream:
+    """One editor at work on one stream of cases.
+
+    Attributes:
+        editor: the method, on the model.
+        examiner: asks the model questions.
+        cases: the stream, in order.
+        questions: all that is asked about the cases, in case order.
+        base: the unedited model's answer to each question.
+        store: where rows and state go.
+        facts: columns that are the same in every row.
+        save_every: seconds between saves of the state.
+        console: where progress is shown.
+    """
+
+    editor: Editor
+    examiner: Examiner
+    cases: list[EditCase]
+    questions: list[Question]
+    base: list[Answer]
+    store: RunStore
+    facts: dict[str, Any]
+    save_every: float
+    console: Console
+    position: Position = field(default_factory=Position)
+    _saved_n: int = 0
+    _next_save: float = 0.0
+
+    def take_up(self, before: int) -> None:
+        """Go on from the stored state, unless it lies beyond the next checkpoint, `before`.
+
+        Raises:
+            UserError: the stored state is about other cases: the data changed under the run.
+        """
+        state = self.store.load_state()
+        if state is None:
+            return
+        tensors, values = state
+        position = Position.from_json(values)
+        self._saved_n = position.n
+        if position.n > before:
+            return
+        if values["cases"] != _hash_of(self.cases[: position.n]):
+            raise UserError(
+                f"{self.store.path} was made with other cases (the data changed since); start again with "
+                "force=true, or keep it by choosing another results_dir="
+            )
+        self.editor.load_state_dict(tensors)
+        self.position = position
+
+    def proceed(self, checkpoints: Sequence[int]) -> Iterator[dict[str, Any]]:
+        """Edit up to each checkpoint in turn, question the model there, store the row and yield it.
+
+        Args:
+            checkpoints: ascending, none before the present position.
+        """
+        with _progress(self.console) as progress:
+            total, done = checkpoints[-1], self.position.n
+            task = progress.add_task("editing", total=total, completed=done, unit="edits")
+            for checkpoint in checkpoints:
+                while self.position.n < checkpoint:
+                    self._edit_slice(checkpoint)
+                    progress.update(task, completed=self.position.n)
+                self._save()
+                yield self._record(checkpoint, progress)
+
+    def _edit_slice(self, checkpoint: int) -> None:
+        """Write the next few cases; save if the last save is long ago."""
+        start = self.position.n
+        cases = self.cases[start : min(start + self.editor.slice_size, checkpoint)]
+        seconds = Stopwatch()
+        self.position.records += self.editor.edit(cases)
+        self.position.edit_seconds += seconds.elapsed()
+        if time.monotonic() > self._next_save:
+            self._save()
+
+    def _save(self) -> None:
+        """Save the state, unless one that is further on is stored; a slow save is repeated less often."""
+        seconds = Stopwatch()
+        if self.position.n > self._saved_n:
+            self.store.save_state(self.editor.state_dict(), self.position.to_json(self.cases))
+            self._saved_n = self.position.n
+        self._next_save = time.monotonic() + self.save_every + 10 * seconds.elapsed()
+
+    def _record(self, n: int, progress: Progress) -> dict[str, Any]:
+        """Question the model about the first `n` cases and store what comes out."""
+        chosen = [i for i, question in enumerate(self.questions) if question.case < n]
+        questions = [self.questions[i] for i in chosen]
+        base = [self.base[i] for i in chosen]
+        task = progress.add_task(f"asking at N={n}", total=len(questions), unit="questions")
+        seconds = Stopwatch()
+        answers = self.examiner.ask(questions, lambda count: progress.advance(task, count))
+        eval_seconds = seconds.elapsed()
+        routes = self.editor.routes([question.prompt for question in questions])
+        asked = asked_table(self.examiner, questions, answers, base, routes)
+        cases = per_case(self.cases[:n], self.position.records[:n], asked)
+        records = self.position.records[:n]
+        row = {
+            "n": n,
+            **self.facts,
+            "items": n,
+            **summary(cases, list(asked["family"].unique()), self.facts["seed"]),
+            "failed_edits": sum(record.action == "failed" for record in records),
+            "edit_seconds": self.position.edit_seconds,
+            "eval_seconds": eval_seconds,
+            "edits_per_second": n / self.position.edit_seconds,
+            "side_parameters": self.editor.side_parameters(),
+            "peak_memory_bytes": peak_memory(),
+            "warnings": "\n".join([*self.editor.warnings(), *overlap_warnings(self.cases[:n])]) or None,
+        }
+        self.store.add_checkpoint(row, cases)
+        return row
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description:>22}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        _Speed(),
+        TimeRemainingColumn(),
+        console=console,
+    )
+
+
+class _Speed(ProgressColumn):
+    """Items per second, in the task's own unit."""
+
+    def render(self, task: ProgressTask) -> Text:
+        """E.g. `12.3 edits/s`."""
+        return Text(f"{task.speed:.1f} {task.fields['unit']}/s" if task.speed else "")
+
+
+def _hash_of(cases: Iterable[EditCase]) -> str:
+    digest = hashlib.sha256()
+    for case in cases:
+        digest.update(repr(case).encode())
+    return digest.hexdigest()[:16]
+
+
+def _without_names(part: Config) -> dict[str, Any]:
+    return {key: value for key, value in part.items() if key not in ("name", "label")}

@@ -1,0 +1,305 @@
+"""A copy of a run's numbers for a dashboard (Weights & Biases); tables never read from it."""
+
+import json
+import uuid
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import pandas as pd
+
+from horen_bench.errors import UserError
+from horen_bench.store import write_text
+
+if TYPE_CHECKING:
+    import wandb
+
+_COST_SUFFIXES = ("_seconds", "_bytes", "_parameters", "_per_second")
+_TABLE_ROWS = 10_000  # what W&B shows of a table without complaint
+
+# The run alone is recorded: no console, code, git, packages or machine.
+_SETTINGS: dict[str, Any] = {
+    "console": "off",
+    "disable_code": True,
+    "disable_git": True,
+    "save_code": False,
+    "symlink": False,
+    "x_disable_machine_info": True,
+    "x_disable_meta": True,
+    "x_disable_stats": True,
+    "x_save_requirements": False,
+    "x_transaction_log_flush_interval": 0.5,  # seconds; what a killed process can lose of its local file
+    "finish_timeout": 300.0,  # seconds that closing a run may wait for its upload
+    "finish_timeout_raises": True,
+    "max_end_of_run_history_metrics": 0,  # nothing but the link is printed
+    "max_end_of_run_summary_metrics": 0,
+}
+
+
+class Tracker(Protocol):
+    """A copy of a run's numbers for a dashboard; the store stays the source of every table."""
+
+    problem: str | None  # why tracking stopped before the run did, to be shown beside the result
+
+    def start(
+        self, run_dir: Path, run_id: str, config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]
+    ) -> None:
+        """Open the tracked run, or go on with it.
+
+        Args:
+            run_dir: the run's directory in the store; it must exist.
+            run_id: the run's identity in the store.
+            config: the resolved configuration, with `name` in each of `method`, `model`, `dataset`.
+            rows: checkpoint rows that an earlier, interrupted process stored; those that it did not
+                log are logged now, never twice.
+
+        Raises:
+            UserError: the dashboard cannot be reached or does not know the user.
+        """
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        """Log one checkpoint row (keys as in checkpoints.csv; None and NaN mean missing)."""
+
+    def finish(self, cases: pd.DataFrame) -> None:
+        """Write the summary, upload the per-case table, close."""
+
+    def abort(self) -> None:
+        """Close after an error or an interruption, without marking the run finished."""
+
+
+class NoTracker:
+    """Tracks nothing."""
+
+    problem: str | None = None
+
+    def start(
+        self, run_dir: Path, run_id: str, config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]
+    ) -> None:
+        """Do nothing."""
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        """Do nothing."""
+
+    def finish(self, cases: pd.DataFrame) -> None:
+        """Do nothing."""
+
+    def abort(self) -> None:
+        """Do nothing."""
+
+
+class WandbTracker:
+    """Copies a run to Weights & Biases, online or into local files.
+
+    Every metric is drawn against `edits`, the number of edits written so far, which is W&B's step too:
+    a row that reaches the server twice is refused there. `run_dir/wandb.json` remembers which rows are
+    logged. When W&B fails in the middle of a run, `problem` says so and the run goes on untracked.
+    """
+
+    def __init__(
+        self, project: str, entity: str | None, mode: str, group: str | None, tags: Sequence[str]
+    ) -> None:
+        """Keep the settings; nothing is opened before `start`.
+
+        Args:
+            project: W&B project.
+            entity: W&B user or team; None is the logged-in user's default.
+            mode: `online`, or `offline` for local files to be sent later with `wandb sync`.
+            group: what W&B groups runs by; None for no group.
+            tags: labels of the run.
+
+        Raises:
+            UserError: the mode is neither of the two.
+        """
+        if mode not in ("online", "offline"):
+            raise UserError(
+                f"tracker.mode must be online or offline, got {mode!r}; tracker=none turns tracking off."
+            )
+        self.project = project
+        self.entity = entity
+        self.mode = mode
+        self.group = group
+        self.tags = [str(tag) for tag in tags]
+        self.problem: str | None = None
+        self._run: wandb.Run | None = None
+        self._ledger: _Ledger | None = None
+        self._last: Mapping[str, Any] = {}
+
+    def start(
+        self, run_dir: Path, run_id: str, config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]
+    ) -> None:
+        """Open the run in W&B, or go on with the one in `run_dir/wandb.json`, and log what is missing.
+
+        Raises:
+            UserError: not logged in, or W&B does not open the run.
+        """
+        import wandb  # noqa: PLC0415
+
+        name = "-".join([*(config[part]["name"] for part in ("method", "model", "dataset")), run_id[:8]])
+        ledger = _Ledger.read(run_dir / "wandb.json")
+        known = ledger is not None
+        ledger = ledger or _Ledger(run_dir / "wandb.json", run_id)
+        try:
+            if self.mode == "online" and not wandb.login(prompt=False, verify=False):
+                raise UserError("W&B is not logged in: run `wandb login`, or use tracker.mode=offline.")
+            run = self._open(ledger.run_id, name, run_dir, config)
+            if run.resumed and not known:
+                # The same settings ran before, elsewhere or before force=true; its curves stay its own.
+                run.finish()
+                ledger.run_id = f"{run_id}-{uuid.uuid4().hex[:6]}"
+                run = self._open(ledger.run_id, name, run_dir, config)
+            run.define_metric("edits")
+            run.define_metric("*", step_metric="edits")
+        except (wandb.errors.Error, ValueError, OSError) as error:
+            raise UserError(
+                f"W&B did not open the run ({_in_one_line(error)}); use tracker.mode=offline or tracker=none."
+            ) from error
+        ledger.write()
+        self._run, self._ledger = run, ledger
+        for row in rows:
+            self.log(row)
+
+    def _open(self, run_id: str, name: str, run_dir: Path, config: Mapping[str, Any]) -> "wandb.Run":
+        import wandb  # noqa: PLC0415
+
+        run: wandb.Run = wandb.init(
+            project=self.project,
+            entity=self.entity,
+            mode="offline" if self.mode == "offline" else "online",
+            group=self.group,
+            tags=self.tags,
+            id=run_id,
+            resume="allow",
+            name=name,
+            config=dict(config),
+            allow_val_change=True,  # paths and device may differ in a resumed process
+            dir=run_dir,
+            reinit="create_new",  # leaves W&B's global run alone
+            settings=_SETTINGS,
+        )
+        return run
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        """Log one checkpoint row: numbers as metrics at step `n`, texts into the summary.
+
+        A row whose `n` is logged already is passed over; a missing value is not logged.
+        """
+        n = int(row["n"])
+        numbers, texts = _numbers_and_texts(row)
+        self._last = row
+        if self._run is None or self._ledger is None or n in self._ledger.logged:
+            return
+        with self._unharmed(f"at {n} edits"):
+            self._run.log(numbers, step=n, commit=True)
+            self._run.summary.update(texts)
+            self._ledger.add(n)
+
+    def finish(self, cases: pd.DataFrame) -> None:
+        """Set the summary to the last row, upload the per-case table as an artifact, close the run."""
+        run = self._run
+        if run is None:
+            return
+        with self._unharmed("at the end of the run"):
+            if self._last:
+                numbers, texts = _numbers_and_texts(self._last)
+                run.summary.update({**numbers, **texts})
+            run.log_artifact(_cases_artifact(f"cases-{run.id}", cases))
+        with self._unharmed("while closing the run"):  # tried even where the artifact failed
+            run.finish(exit_code=0)
+        self._run = None
+
+    def abort(self) -> None:
+        """Close the run as failed; a resumed process can go on with it."""
+        if self._run is None:
+            return
+        with self._unharmed("while closing an interrupted run"):
+            self._run.finish(exit_code=1)
+        self._run = None
+
+    @contextmanager
+    def _unharmed(self, when: str) -> Iterator[None]:
+        """Turn any failure of the tracking into `problem` and go on without it."""
+        try:
+            yield
+        except Exception as error:
+            self._run = None
+            self.problem = self.problem or (
+                f"W&B tracking stopped {when} ({_in_one_line(error)}); the stored results are not affected."
+            )
+
+
+class _Ledger:
+    """`wandb.json`: the W&B run that a run directory belongs to and the `n` of the rows logged there."""
+
+    def __init__(self, path: Path, run_id: str, logged: Sequence[int] = ()) -> None:
+        self.path = path
+        self.run_id = run_id
+        self.logged = list(logged)
+
+    @classmethod
+    def read(cls, path: Path) -> "_Ledger | None":
+        """The ledger at `path`, None where there is none."""
+        if not path.exists():
+            return None
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            return cls(path, str(content["run_id"]), [int(n) for n in content["logged"]])
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path} is damaged; delete it to track the run as a new one.") from error
+
+    def add(self, n: int) -> None:
+        """Note that the row of `n` edits is logged."""
+        self.logged.append(n)
+        self.write()
+
+    def write(self) -> None:
+        """Replace the file as a whole."""
+        write_text(self.path, json.dumps({"run_id": self.run_id, "logged": self.logged}) + "\n")
+
+
+def _numbers_and_texts(row: Mapping[str, Any]) -> tuple[dict[str, int | float], dict[str, str]]:
+    """Split a checkpoint row into metrics by their dashboard names and texts; missing values drop out."""
+    numbers: dict[str, int | float] = {"edits": int(row["n"])}
+    texts: dict[str, str] = {}
+    for key, value in row.items():
+        plain = value.item() if isinstance(value, np.generic) else value
+        if key == "n" or (pd.api.types.is_scalar(plain) and pd.isna(plain)):
+            continue
+        if isinstance(plain, int | float) and not isinstance(plain, bool):
+            numbers[f"cost/{key}" if key.endswith(_COST_SUFFIXES) else key] = plain
+        else:
+            texts[key] = str(plain)
+    return numbers, texts
+
+
+def _cases_artifact(name: str, cases: pd.DataFrame) -> "wandb.Artifact":
+    """An artifact with all of `cases` as parquet and its last rows as a table to browse."""
+    import wandb  # noqa: PLC0415
+
+    shown = cases.tail(_TABLE_ROWS)
+    cells = shown.astype(object).where(shown.notna(), None).map(_cell)
+    artifact = wandb.Artifact(
+        name,
+        type="cases",
+        description="One row per case and checkpoint. cases.parquet has all rows, the table the last ones.",
+        metadata={
+            "rows": len(cases),
+            "table_rows": len(shown),
+            "table_is_complete": len(shown) == len(cases),
+        },
+    )
+    with artifact.new_file("cases.parquet", mode="wb") as file:
+        cases.to_parquet(file, index=False)
+    columns: list[str | int] = [str(column) for column in cells.columns]
+    data: list[Iterable[Any]] = list(cells.itertuples(index=False, name=None))
+    artifact.add(wandb.Table(columns=columns, data=data, allow_mixed_types=True), "cases")
+    return artifact
+
+
+def _cell(value: Any) -> str | int | float | bool | None:
+    return value if value is None or isinstance(value, str | int | float | bool) else str(value)
+
+
+def _in_one_line(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
