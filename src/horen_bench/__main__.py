@@ -1,11 +1,12 @@
 """Command line: `python -m horen_bench model=... method=... dataset=... n=...` (Hydra)."""
 
+import difflib
 import os
+import re
 import sys
-from collections.abc import Callable
 
 import hydra
-from hydra.errors import HydraException
+from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig
 from rich.console import Console
 
@@ -19,44 +20,77 @@ _ERROR, _INTERRUPTED = 2, 130
 
 
 def main() -> None:
-    """Run what the command line says; exit code 2 after an error of the user, 130 after an interruption."""
+    """Do what the command line says; exit code 2 after an error of the user, 130 after an interruption.
+
+    In a sweep a run that fails says why, and the others go on.
+    """
     console = Console()
-    full_traceback = "HYDRA_FULL_ERROR" in os.environ
+    failed: list[str] = []
+    wants_traceback = "HYDRA_FULL_ERROR" in os.environ
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its errors on instead of printing and exiting
-    entry: Callable[[], None] = hydra.main(
-        version_base="1.3", config_path=str(resource("conf")), config_name="config"
-    )(lambda config: _job(config, console))
+
+    def job(config: DictConfig) -> None:
+        try:
+            _show(run(resolved(config), console), console)
+        except UserError as error:
+            if wants_traceback:
+                raise
+            failed.append(str(error))
+            _complain(str(error))
+
     try:
-        entry()
+        hydra.main(version_base="1.3", config_path=str(resource("conf")), config_name="config")(job)()
     except KeyboardInterrupt:
         console.print("interrupted; the same command goes on from the last saved edit")
         sys.exit(_INTERRUPTED)
-    except (UserError, HydraException) as error:
-        if full_traceback:
+    except HydraException as error:
+        if wants_traceback:
             raise
-        _complain(error)
+        _complain(_sentence(error))
         sys.exit(_ERROR)
-
-
-def _job(config: DictConfig, console: Console) -> None:
-    _show(run(resolved(config), console), console)
+    if failed:
+        sys.exit(_ERROR)
 
 
 def _show(result: RunResult, console: Console) -> None:
     console.print(checkpoint_tables(result.rows))
     problem = [result.tracking_problem] if result.tracking_problem else []
     for note in [*notes(result.rows), *problem]:
-        console.print(f"note: {note}", highlight=False)
+        console.print(f"note: {note}", highlight=False, markup=False)
     state = "already finished, nothing was run (force=true runs it again)" if result.reused else "stored"
-    console.print(f"{state}: {result.store.path}", highlight=False, soft_wrap=True)
+    console.print(f"{state}: {result.store.path}", highlight=False, markup=False, soft_wrap=True)
 
 
-def _complain(error: Exception) -> None:
-    Console(stderr=True).print(f"error: {_sentence(error)}", highlight=False, markup=False, soft_wrap=True)
+def _complain(sentence: str) -> None:
+    Console(stderr=True).print(f"error: {sentence}", highlight=False, markup=False, soft_wrap=True)
 
 
-def _sentence(error: Exception) -> str:
-    return " ".join(str(error).split())
+def _sentence(error: HydraException) -> str:
+    """Hydra's message in one line that says what to write."""
+    text = " ".join(str(error).split())
+    if isinstance(error, MissingConfigException) and error.options:
+        group, _, choice = str(error.missing_cfg_file).rpartition("/")
+        return f"{group}={choice}: there is no such {group}; write one of {', '.join(error.options)}"
+    unknown = re.match(r"Could not override '([^']+)'", text)
+    if unknown is None:
+        return text
+    near = difflib.get_close_matches(unknown[1], _known_settings(), n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]}?" if near else "python -m horen_bench --help lists them all"
+    return f"{unknown[1]}: there is no such setting; {hint}"
+
+
+def _known_settings() -> list[str]:
+    """Dotted names of every setting of the default configuration."""
+    with hydra.initialize_config_dir(str(resource("conf")), version_base="1.3"):
+        return _dotted(hydra.compose("config"))
+
+
+def _dotted(config: DictConfig) -> list[str]:
+    names: list[str] = []
+    for key, value in config.items_ex(resolve=False):
+        nested = _dotted(value) if isinstance(value, DictConfig) else []
+        names += [str(key), *(f"{key!s}.{name}" for name in nested)]
+    return names
 
 
 if __name__ == "__main__":

@@ -53,6 +53,10 @@ def check(config: Config) -> None:
     for checkpoint in checkpoints:
         _check_count("checkpoints", checkpoint)
     _check_count("batch_size", config["batch_size"])
+    if config["threads"] is not None:
+        _check_count("threads", config["threads"])
+    if not isinstance(config["seed"], int) or config["seed"] < 0:
+        raise UserError(f"seed must be a whole number of at least 0, got {config['seed']!r}")
     protocol_of(config["protocol"], "generate")
     bare = _model_without_weights(config["model"])
     if bare is not None:

@@ -48,7 +48,7 @@ def skeleton(architecture: Mapping[str, Any]) -> PreTrainedModel:
     try:
         with torch.device("meta"):
             config = AutoConfig.for_model(model_type, **values)
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
     except Exception as error:  # each architecture checks its own arguments and raises what it likes
         reason = traceback.format_exception_only(error)[-1].splitlines()[-1].strip()
         raise UserError(
@@ -66,7 +66,7 @@ def folder_skeleton(folder: Path) -> PreTrainedModel:
     try:
         config = AutoConfig.from_pretrained(folder)
         with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"model.hub_id={folder}: no causal language model to load here ({reason})") from error

@@ -66,8 +66,10 @@ def load_model(
 
 def model_source(hub_id: str) -> str:
     """What transformers is asked for: the folder of an embedded model, else the id as given."""
+    if hub_id.startswith(("/", ".", "~")) and not Path(hub_id).expanduser().is_dir():
+        raise UserError(f"model.hub_id={hub_id}: there is no such folder; give a hub id or an existing folder")
     if not hub_id.startswith(EMBEDDED):
-        return hub_id
+        return str(Path(hub_id).expanduser()) if hub_id.startswith("~") else hub_id
     folder = resource("data") / hub_id.removeprefix(EMBEDDED)
     if not folder.is_dir():
         raise UserError(f"model.hub_id={hub_id}: no such embedded model; the package brings embedded:tiny")
