@@ -37,6 +37,8 @@ _LASTING = ("method", "dataset", "protocol", "seed")
 # The rest of a model's file reaches a run only through what the method interpolates from it.
 _LASTING_OF_MODEL = ("name", "hub_id", "revision", "dtype")
 
+_LOCK = ".lock"
+
 
 def identity(config: Mapping[str, Any]) -> str:
     """Ten hex digits that name a run: a hash of its resolved configuration without the volatile parts."""
@@ -100,7 +102,7 @@ class RunStore:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            with FileLock(self.path / ".lock", timeout=0):
+            with FileLock(self.path / _LOCK, timeout=0):
                 yield
         except Timeout:
             raise UserError(
@@ -111,7 +113,9 @@ class RunStore:
 
     def clear(self) -> None:
         """Forget everything that the run wrote, the lock apart."""
-        for path in self.path.glob("*"):
+        for path in self.path.iterdir():
+            if path.name == _LOCK:
+                continue
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def describe(self, config: str, environment: Mapping[str, Any]) -> None:

@@ -62,9 +62,7 @@ def run(config: Config, console: Console) -> RunResult:
     names = [config[part]["name"] for part in ("model", "method", "dataset")]
     store = RunStore(Path(config["results_dir"]) / "runs" / "-".join([*names, run_id]))
     with store.locked():
-        if config["force"]:
-            store.clear()
-        done = set(store.checkpoints()["n"])
+        done = set() if config["force"] else set(store.checkpoints()["n"])
         missing = [n for n in wanted if n not in done]
         problem = None
         if missing:
@@ -101,6 +99,8 @@ def _prepare(config: Config, cases: list[EditCase], store: RunStore, run_id: str
         device_map=spec["device_map"],
         revision=spec["revision"],
     )
+    if config["force"]:
+        store.clear()  # only now: what is finished is not given up for a model that does not load
     store.describe(OmegaConf.to_yaml(OmegaConf.create(dict(config))), environment(device))
     protocol = protocol_of(config["protocol"], editor_class(config).release_mode)
     examiner = Examiner(loaded.model, loaded.tokenizer, protocol, config["batch_size"])
