@@ -1,6 +1,7 @@
 """What an edit is: the one schema that every dataset yields and every editor reads."""
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 
@@ -38,3 +39,11 @@ class EditCase:
     locality: tuple[Probe, ...] = ()
     hard_locality: Mapping[str, tuple[Probe, ...]] = field(default_factory=dict)
     extras: Mapping[str, tuple[Probe, ...]] = field(default_factory=dict)
+
+
+def fingerprint(cases: Sequence[EditCase]) -> str:
+    """Sixteen hex digits over everything that the cases say, in order: the same only for the same stream."""
+    digest = hashlib.sha256()
+    for case in cases:
+        digest.update(repr(case).encode())
+    return digest.hexdigest()[:16]

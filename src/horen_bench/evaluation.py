@@ -107,9 +107,7 @@ class Question:
 
 def questions_about(cases: Sequence[EditCase]) -> list[Question]:
     """Every question that the cases ask, in case order, without probes of empty prompt or answer."""
-    return [
-        question for i, case in enumerate(cases) for question in _questions_of(i, case) if _askable(question)
-    ]
+    return [question for i, case in enumerate(cases) for question in _questions_of(i, case) if _askable(question)]
 
 
 def _askable(question: Question) -> bool:

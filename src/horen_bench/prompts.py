@@ -92,9 +92,7 @@ def encode_edit(tokenizer: PreTrainedTokenizerBase, prompt: str, target: str) ->
     return EncodedEdit(tuple(prompt_ids), tuple(target_ids))
 
 
-def pad(
-    rows: Sequence[Sequence[int]], pad_id: int, side: Side = "left", device: torch.device | None = None
-) -> Batch:
+def pad(rows: Sequence[Sequence[int]], pad_id: int, side: Side = "left", device: torch.device | None = None) -> Batch:
     """Pad token id rows to one length.
 
     Raises:

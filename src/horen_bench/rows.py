@@ -88,16 +88,6 @@ def summary(cases: pd.DataFrame, families: Sequence[str], seed: int) -> dict[str
     return row
 
 
-def overlap_warnings(cases: Sequence[EditCase]) -> list[str]:
-    """A sentence if locality prompts are also edited prompts, so that they ought to change."""
-    edited = {text for case in cases for text in (case.prompt, *case.paraphrases)}
-    probes = [probe.prompt for case in cases for probe in case.locality]
-    touched = sum(prompt in edited for prompt in probes)
-    if not touched:
-        return []
-    return [f"{touched} of {len(probes)} locality prompts are prompts of edits of the same stream"]
-
-
 def _column(cases: pd.DataFrame, name: str) -> NDArray[np.float64]:
     return cases[name].to_numpy(dtype=float) if name in cases else np.full(len(cases), np.nan)
 

@@ -58,6 +58,8 @@ def check(config: Config) -> None:
     if not isinstance(config["seed"], int) or config["seed"] < 0:
         raise UserError(f"seed must be a whole number of at least 0, got {config['seed']!r}")
     protocol_of(config["protocol"], "generate")
+    if config["locality"] not in ("all", "clean"):
+        raise UserError(f"locality must be all or clean, got {config['locality']!r}")
     bare = _model_without_weights(config["model"])
     if bare is not None:
         build_editor(config, bare, tokenizer=None)

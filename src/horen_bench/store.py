@@ -6,6 +6,7 @@ went, so N = 100 and N = 1000 of the same stream share a directory:
     <results_dir>/runs/<model>-<method>-<dataset>-<identity>/
         config.yaml          the resolved configuration
         environment.json     versions, device, commit
+        stream.json          ids of the cases in order, and their hash
         checkpoints.csv      one row per checkpoint
         cases.parquet/       one file per checkpoint, one row per case
         state/               where the stream stands, to go on from
@@ -33,9 +34,11 @@ from torch import Tensor
 from horen_bench.errors import UserError
 
 # Two processes that agree on these go on with one run; n, paths, device and the like may differ.
-_LASTING = ("method", "dataset", "protocol", "seed")
+_LASTING = ("method", "protocol", "locality", "seed")
 # The rest of a model's file reaches a run only through what the method interpolates from it.
 _LASTING_OF_MODEL = ("name", "hub_id", "revision", "dtype")
+# Where a data file lies says nothing; what it holds is compared by the hash of the cases in each row.
+_PATHS = ("path", "paths", "train_path")
 
 _LOCK = ".lock"
 
@@ -43,6 +46,7 @@ _LOCK = ".lock"
 def identity(config: Mapping[str, Any]) -> str:
     """Ten hex digits that name a run: a hash of its resolved configuration without the volatile parts."""
     lasting = {key: config[key] for key in _LASTING}
+    lasting["dataset"] = {key: value for key, value in config["dataset"].items() if key not in _PATHS}
     lasting["model"] = {key: config["model"][key] for key in _LASTING_OF_MODEL}
     return hashlib.sha256(json.dumps(lasting, sort_keys=True).encode()).hexdigest()[:10]
 
@@ -118,10 +122,11 @@ class RunStore:
                 continue
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
-    def describe(self, config: str, environment: Mapping[str, Any]) -> None:
-        """Write `config.yaml` and `environment.json`."""
+    def describe(self, config: str, environment: Mapping[str, Any], stream: Mapping[str, Any]) -> None:
+        """Write `config.yaml`, `environment.json` and `stream.json`."""
         write_text(self.path / "config.yaml", config)
         write_text(self.path / "environment.json", json.dumps(environment, indent=2) + "\n")
+        write_text(self.path / "stream.json", json.dumps(stream) + "\n")
 
     # --- Results ---------------------------------------------------------------------------------------
 
@@ -185,9 +190,7 @@ class RunStore:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
                 progress: dict[str, Any] = json.loads(file.metadata()["progress"])
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise UserError(
-                f"{self._state} is damaged ({error}); start the run again with force=true"
-            ) from error
+            raise UserError(f"{self._state} is damaged ({error}); start the run again with force=true") from error
         return tensors, progress
 
 

@@ -1,8 +1,7 @@
 """The run: write the stream of edits, question the model at each checkpoint, record, go on after a stop."""
 
-import hashlib
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,13 +22,15 @@ from rich.progress import (
 from rich.progress import Task as ProgressTask
 from rich.text import Text
 
-from horen_bench.cases import EditCase
+from horen_bench.cases import EditCase, fingerprint
+from horen_bench.datasets.audit import touched_probes
+from horen_bench.datasets.base import Dataset
 from horen_bench.editors.base import Editor, EditRecord, Route
 from horen_bench.errors import UserError
 from horen_bench.evaluation import Answer, Examiner, Question, protocol_of, questions_about
 from horen_bench.measurement import Stopwatch, environment, peak_memory
 from horen_bench.models.loading import default_device, load_model
-from horen_bench.rows import asked_table, overlap_warnings, per_case, summary
+from horen_bench.rows import asked_table, per_case, summary
 from horen_bench.settings import Config, build_editor, check, checkpoints_of, editor_class
 from horen_bench.store import RunStore, cached_answers, identity
 from horen_bench.tracking import Tracker
@@ -57,17 +58,18 @@ def run(config: Config, console: Console) -> RunResult:
     """
     check(config)
     wanted = checkpoints_of(config)
-    cases = instantiate(_without_names(config["dataset"])).cases(config["n"])
+    dataset: Dataset = instantiate(_without_names(config["dataset"]))
+    cases = dataset.cases(config["n"])
     run_id = identity(config)
     names = [config[part]["name"] for part in ("model", "method", "dataset")]
     store = RunStore(Path(config["results_dir"]) / "runs" / "-".join([*names, run_id]))
     with store.locked():
-        done = set() if config["force"] else set(store.checkpoints()["n"])
+        done = set() if config["force"] else _finished(store, cases)
         missing = [n for n in wanted if n not in done]
         problem = None
         if missing:
             tracker: Tracker = instantiate(config["tracker"])
-            stream = _prepare(config, cases, store, run_id, console)
+            stream = _prepare(config, cases, dataset.warnings(), store, console)
             stream.take_up(before=missing[0])
             problem = _tracked(stream, missing, tracker, config)
         rows = store.checkpoints()
@@ -86,7 +88,22 @@ def _tracked(stream: "Stream", missing: Sequence[int], tracker: Tracker, config:
     return tracker.problem
 
 
-def _prepare(config: Config, cases: list[EditCase], store: RunStore, run_id: str, console: Console) -> "Stream":
+def _finished(store: RunStore, cases: Sequence[EditCase]) -> set[int]:
+    """The checkpoints that are stored, which must be about these cases."""
+    rows = [row for row in store.rows() if row["n"] <= len(cases)]
+    if any(row["cases"] != fingerprint(cases[: row["n"]]) for row in rows):
+        raise _other_cases(store)
+    return {row["n"] for row in rows}
+
+
+def _other_cases(store: RunStore) -> UserError:
+    return UserError(
+        f"{store.path} was made with other cases (the data changed since); start again with force=true, or keep it "
+        "by choosing another results_dir="
+    )
+
+
+def _prepare(config: Config, cases: list[EditCase], warnings: list[str], store: RunStore, console: Console) -> "Stream":
     """Load the model, ask it everything while it is unedited, put the editor on."""
     device = config["device"] or default_device()
     if config["threads"]:
@@ -101,7 +118,7 @@ def _prepare(config: Config, cases: list[EditCase], store: RunStore, run_id: str
     )
     if config["force"]:
         store.clear()  # only now: what is finished is not given up for a model that does not load
-    store.describe(OmegaConf.to_yaml(OmegaConf.create(dict(config))), environment(device))
+    store.describe(OmegaConf.to_yaml(OmegaConf.create(dict(config))), environment(device), stream_ids(cases))
     protocol = protocol_of(config["protocol"], editor_class(config).release_mode)
     examiner = Examiner(loaded.model, loaded.tokenizer, protocol, config["batch_size"])
     questions = questions_about(cases)
@@ -110,18 +127,33 @@ def _prepare(config: Config, cases: list[EditCase], store: RunStore, run_id: str
         base = _base_answers(cache, examiner, questions, progress)
     editor = build_editor(config, loaded.model, loaded.tokenizer)
     facts = {
-        "run": run_id,
+        "run": identity(config),
         **{part: config[part]["name"] for part in ("model", "method", "dataset")},
         "protocol": protocol.name,
         "seed": config["seed"],
         "device": device,
     }
-    return Stream(editor, examiner, cases, questions, base, store, facts, config["save_every"], console)
+    return Stream(
+        editor=editor,
+        examiner=examiner,
+        cases=cases,
+        questions=questions,
+        base=base,
+        store=store,
+        facts=facts,
+        warnings=warnings,
+        clean_locality=config["locality"] == "clean",
+        save_every=config["save_every"],
+        console=console,
+    )
 
 
-def _base_answers(
-    cache: Path, examiner: Examiner, questions: Sequence[Question], progress: Progress
-) -> list[Answer]:
+def stream_ids(cases: Sequence[EditCase]) -> dict[str, Any]:
+    """What two labs compare to know that they ran the same stream."""
+    return {"n": len(cases), "cases": fingerprint(cases), "ids": [case.id for case in cases]}
+
+
+def _base_answers(cache: Path, examiner: Examiner, questions: Sequence[Question], progress: Progress) -> list[Answer]:
     def ask(missing: list[int]) -> list[dict[str, list[int]]]:
         task = progress.add_task("asking the base model", total=len(missing), unit="questions")
         answers = examiner.ask([questions[i] for i in missing], lambda n: progress.advance(task, n))
@@ -151,14 +183,13 @@ class Position:
     def to_json(self, cases: Sequence[EditCase]) -> dict[str, Any]:
         """Plain values, with a hash of the cases that they are about."""
         records = [asdict(record) for record in self.records]
-        return {"records": records, "edit_seconds": self.edit_seconds, "cases": _hash_of(cases[: self.n])}
+        return {"records": records, "edit_seconds": self.edit_seconds, "cases": fingerprint(cases[: self.n])}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Position":
         """The position that `to_json` described."""
         records = [
-            EditRecord(**{**one, "route": Route(**one["route"]) if one["route"] else None})
-            for one in values["records"]
+            EditRecord(**{**one, "route": Route(**one["route"]) if one["route"] else None}) for one in values["records"]
         ]
         return cls(records, values["edit_seconds"])
 
@@ -175,6 +206,8 @@ class Stream:
         base: the unedited model's answer to each question.
         store: where rows and state go.
         facts: columns that are the same in every row.
+        warnings: what the dataset has to say to whoever reads the rows.
+        clean_locality: leave out locality probes that another edit of the prefix touches.
         save_every: seconds between saves of the state.
         console: where progress is shown.
     """
@@ -186,6 +219,8 @@ class Stream:
     base: list[Answer]
     store: RunStore
     facts: dict[str, Any]
+    warnings: list[str]
+    clean_locality: bool
     save_every: float
     console: Console
     position: Position = field(default_factory=Position)
@@ -206,11 +241,8 @@ class Stream:
         self._saved_n = position.n
         if position.n > before:
             return
-        if values["cases"] != _hash_of(self.cases[: position.n]):
-            raise UserError(
-                f"{self.store.path} was made with other cases (the data changed since); start again with "
-                "force=true, or keep it by choosing another results_dir="
-            )
+        if values["cases"] != fingerprint(self.cases[: position.n]):
+            raise _other_cases(self.store)
         self.editor.load_state_dict(tensors)
         self.position = position
 
@@ -250,32 +282,46 @@ class Stream:
 
     def _record(self, n: int, progress: Progress) -> dict[str, Any]:
         """Question the model about the first `n` cases and store what comes out."""
-        chosen = [i for i, question in enumerate(self.questions) if question.case < n]
+        touched = {(one.case, one.probe.prompt) for one in touched_probes(self.cases[:n])}
+        left_out = touched if self.clean_locality else set()
+        chosen = [i for i, q in enumerate(self.questions) if q.case < n and not _is_locality_of(q, left_out)]
         questions = [self.questions[i] for i in chosen]
-        base = [self.base[i] for i in chosen]
         task = progress.add_task(f"asking at N={n}", total=len(questions), unit="questions")
         seconds = Stopwatch()
         answers = self.examiner.ask(questions, lambda count: progress.advance(task, count))
         eval_seconds = seconds.elapsed()
         routes = self.editor.routes([question.prompt for question in questions])
-        asked = asked_table(self.examiner, questions, answers, base, routes)
-        cases = per_case(self.cases[:n], self.position.records[:n], asked)
+        asked = asked_table(self.examiner, questions, answers, [self.base[i] for i in chosen], routes)
         records = self.position.records[:n]
+        cases = per_case(self.cases[:n], records, asked)
         row = {
             "n": n,
             **self.facts,
+            "cases": fingerprint(self.cases[:n]),
             "items": n,
             **summary(cases, list(asked["family"].unique()), self.facts["seed"]),
+            "loc_touched": len(touched),
             "failed_edits": sum(record.action == "failed" for record in records),
             "edit_seconds": self.position.edit_seconds,
             "eval_seconds": eval_seconds,
             "edits_per_second": n / self.position.edit_seconds,
             "side_parameters": self.editor.side_parameters(),
             "peak_memory_bytes": peak_memory(),
-            "warnings": "\n".join([*self.editor.warnings(), *overlap_warnings(self.cases[:n])]) or None,
+            "warnings": "\n".join([*self.editor.warnings(), *self.warnings, *self._locality_warnings(n, touched)])
+            or None,
         }
         self.store.add_checkpoint(row, cases)
         return row
+
+    def _locality_warnings(self, n: int, touched: set[tuple[int, str]]) -> list[str]:
+        if not touched:
+            return []
+        rule = "were left out" if self.clean_locality else "count in Loc; locality=clean leaves them out"
+        return [f"N={n}: {len(touched)} locality probes are touched by another edit and {rule}"]
+
+
+def _is_locality_of(question: Question, probes: set[tuple[int, str]]) -> bool:
+    return question.family == "loc" and (question.case, question.prompt) in probes
 
 
 def _progress(console: Console) -> Progress:
@@ -295,13 +341,6 @@ class _Speed(ProgressColumn):
     def render(self, task: ProgressTask) -> Text:
         """E.g. `12.3 edits/s`."""
         return Text(f"{task.speed:.1f} {task.fields['unit']}/s" if task.speed else "")
-
-
-def _hash_of(cases: Iterable[EditCase]) -> str:
-    digest = hashlib.sha256()
-    for case in cases:
-        digest.update(repr(case).encode())
-    return digest.hexdigest()[:16]
 
 
 def _without_names(part: Config) -> dict[str, Any]:

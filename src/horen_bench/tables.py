@@ -61,7 +61,7 @@ def _unique(texts: Sequence[str]) -> list[str]:
 
 def _score(row: "pd.Series[float]", name: str) -> str:
     low, high = row[f"{name}_low"], row[f"{name}_high"]
-    return _number(row[name]) + ("" if pd.isna(low) else f"\n{low:.3f}-{high:.3f}")
+    return _number(row[name]) + ("" if pd.isna(low) else f"\n{low:.2f}-{high:.2f}")
 
 
 def _number(value: float, digits: int = 3) -> str:

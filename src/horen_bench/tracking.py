@@ -43,9 +43,7 @@ class Tracker(Protocol):
 
     problem: str | None  # why tracking stopped before the run did, to be shown beside the result
 
-    def start(
-        self, run_dir: Path, run_id: str, config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]
-    ) -> None:
+    def start(self, run_dir: Path, run_id: str, config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
         """Open the tracked run, or go on with it.
 
         Args:
@@ -74,9 +72,7 @@ class NoTracker:
 
     problem: str | None = None
 
-    def start(
-        self, run_dir: Path, run_id: str, config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]
-    ) -> None:
+    def start(self, run_dir: Path, run_id: str, config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
         """Do nothing."""
 
     def log(self, row: Mapping[str, Any]) -> None:
@@ -97,9 +93,7 @@ class WandbTracker:
     logged. When W&B fails in the middle of a run, `problem` says so and the run goes on untracked.
     """
 
-    def __init__(
-        self, project: str, entity: str | None, mode: str, group: str | None, tags: Sequence[str]
-    ) -> None:
+    def __init__(self, project: str, entity: str | None, mode: str, group: str | None, tags: Sequence[str]) -> None:
         """Keep the settings; nothing is opened before `start`.
 
         Args:
@@ -113,9 +107,7 @@ class WandbTracker:
             UserError: the mode is neither of the two.
         """
         if mode not in ("online", "offline"):
-            raise UserError(
-                f"tracker.mode must be online or offline, got {mode!r}; tracker=none turns tracking off."
-            )
+            raise UserError(f"tracker.mode must be online or offline, got {mode!r}; tracker=none turns tracking off.")
         self.project = project
         self.entity = entity
         self.mode = mode
@@ -126,9 +118,7 @@ class WandbTracker:
         self._ledger: _Ledger | None = None
         self._last: Mapping[str, Any] = {}
 
-    def start(
-        self, run_dir: Path, run_id: str, config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]
-    ) -> None:
+    def start(self, run_dir: Path, run_id: str, config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
         """Open the run in W&B, or go on with the one in `run_dir/wandb.json`, and log what is missing.
 
         Raises:

@@ -6,114 +6,131 @@
 | `answers[0]` or `alt` | target (`target=answers`: the HoReN release; `target=alt`: EasyEdit, WISE) |
 | `rephrase` | paraphrase |
 | `subject` | subject |
-| `loc`, `loc_ans` | locality, verbatim ("nq question: ..." without a question mark) |
+| `loc`, `loc_ans` | locality: a Natural Questions string, "nq question: ..." without a question mark |
 | `hard_loc`, `extra` | our own: further probes by name, each `{"prompt": ..., "answer": ...}` |
+
+The release takes the locality of edit `i` from record `i` of a second file, the train split.
 """
 
-import json
-from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from horen_bench.cases import EditCase, Probe
+from horen_bench.datasets.base import Conflicts, Dataset, cases_of_file, one_of, stream_head
+from horen_bench.datasets.records import Record
 from horen_bench.errors import UserError
 
 Target = Literal["answers", "alt"]
+LocalitySource = Literal["train", "record"]
+
+HOW_TO_GET = "run python -m horen_bench.datasets fetch zsre, or name your file with dataset.path="
+_NQ = "nq question: "
 
 
-class Zsre:
-    """A ZsRE edit file.
+class Zsre(Dataset):
+    """A ZsRE edit file, as in the HoReN release.
 
     Args:
-        path: the JSON file.
-        target: which field is written: the true answer (`answers`) or the counterfactual one (`alt`).
+        path: the edit file.
+        train_path: the file whose record `i` gives the locality of edit `i`; read only for
+            `locality_source=train`.
+        target: the field that is written: the true answer (`answers`) or the counterfactual one (`alt`).
+        locality_source: `train`, as the release does, or `record`: the edit's own `loc`.
+        strip_nq_prefix: leave out "nq question: " from locality prompts (EasyEdit's loader does).
+        append_question_mark: end locality prompts with "?" (ROME and UltraEdit do).
+        conflicts: what becomes of prompts with different targets.
     """
 
-    def __init__(self, path: str | Path, target: Target) -> None:
-        if target not in ("answers", "alt"):
-            raise UserError(f"dataset.target must be answers or alt, got {target!r}")
+    def __init__(
+        self,
+        *,
+        path: str,
+        train_path: str | None,
+        target: Target,
+        locality_source: LocalitySource,
+        strip_nq_prefix: bool,
+        append_question_mark: bool,
+        conflicts: Conflicts,
+    ) -> None:
         self.path = Path(path)
-        self.target: Target = target
+        self.target: Target = one_of("dataset.target", target, ("answers", "alt"))
+        source: LocalitySource = one_of("dataset.locality_source", locality_source, ("train", "record"))
+        if source == "train" and not train_path:
+            raise UserError("dataset.locality_source=train needs dataset.train_path=; or write record instead")
+        self.train_path = Path(train_path) if train_path and source == "train" else None
+        self.wording = NqWording(strip_nq_prefix, append_question_mark)
+        self.conflicts = conflicts
 
     def cases(self, n: int) -> list[EditCase]:
-        """The first `n` records in file order.
+        """The first `n` records in file order."""
+        return stream_head(self._read, n, self.conflicts, str(self.path))
 
-        Raises:
-            UserError: the file is missing or not of this schema, or holds fewer than `n` records.
-        """
-        records = _read(self.path)
-        if n > len(records):
-            raise UserError(f"n={n} is more than {self.path} holds; write n={len(records)} or less")
-        return [case_of(record, i, self.target, str(self.path)) for i, record in enumerate(records[:n])]
+    def _read(self, enough: int | None) -> list[EditCase]:
+        edits = cases_of_file(self.path, self._case, enough, HOW_TO_GET)
+        if self.train_path is None:
+            return edits
+        probes = cases_of_file(self.train_path, self._locality_alone, len(edits), HOW_TO_GET)
+        if len(probes) < len(edits):
+            raise UserError(
+                f"{self.train_path} has locality for {len(probes)} of {len(edits)} edits; write n={len(probes)} or "
+                "less, or dataset.locality_source=record"
+            )
+        return [replace(edit, locality=probe.locality) for edit, probe in zip(edits, probes, strict=True)]
+
+    def _case(self, record: Record) -> EditCase:
+        return zsre_case(record, self.target, self.wording)
+
+    def _locality_alone(self, record: Record) -> EditCase:
+        return EditCase(str(record.index), "", "", locality=self.wording.of(record))
 
 
-def case_of(record: object, index: int, target: Target, where: str) -> EditCase:
-    """One record as a case.
+@dataclass(frozen=True, slots=True)
+class NqWording:
+    """How the Natural Questions strings of the locality fields are worded; verbatim by default."""
 
-    Args:
-        record: the parsed JSON value.
-        index: its position in the stream, from 0; becomes the id.
-        target: which field is written.
-        where: the source, for messages.
+    strip_prefix: bool = False
+    append_question_mark: bool = False
+
+    def of(self, record: Record) -> tuple[Probe, ...]:
+        """The record's locality probe, or nothing."""
+        return tuple(Probe(self._worded(probe.prompt), probe.answer) for probe in record.probe("loc", "loc_ans"))
+
+    def _worded(self, prompt: str) -> str:
+        prompt = prompt.removeprefix(_NQ) if self.strip_prefix else prompt
+        return f"{prompt}?" if self.append_question_mark and not prompt.endswith("?") else prompt
+
+
+def zsre_case(record: Record, target: Target, wording: NqWording) -> EditCase:
+    """A record as a case.
 
     Raises:
-        UserError: the record is not of the schema; the message names record and field.
+        UserError: a field is not of the schema; the sentence names file, record and field.
     """
-    if not isinstance(record, Mapping):
-        raise UserError(f"{where}: record {index} must be an object, got {type(record).__name__}")
-
-    def text(field: str, value: object) -> str:
-        if not isinstance(value, str) or not value.strip():
-            raise UserError(
-                f"{where}: record {index}, field '{field}' must be a non-empty string, got {value!r}"
-            )
-        return value.strip()
-
+    rephrase = record.optional("rephrase")
     return EditCase(
-        id=str(index),
-        prompt=text("src", record.get("src")),
-        target=text(target, _target_value(record, target)),
-        subject=text("subject", record["subject"]) if record.get("subject") is not None else None,
-        paraphrases=(text("rephrase", record["rephrase"]),) if record.get("rephrase") else (),
-        locality=(Probe(text("loc", record["loc"]), text("loc_ans", record.get("loc_ans"))),)
-        if record.get("loc")
-        else (),
-        hard_locality=_probes(record, "hard_loc", text),
-        extras=_probes(record, "extra", text),
+        id=str(record.index),
+        prompt=record.text("src"),
+        target=record.text("alt") if target == "alt" else _first_answer(record),
+        subject=record.optional("subject"),
+        paraphrases=(rephrase,) if rephrase else (),
+        locality=wording.of(record),
+        hard_locality=_named_probes(record, "hard_loc"),
+        extras=_named_probes(record, "extra"),
     )
 
 
-def _target_value(record: Mapping[str, Any], target: Target) -> object:
-    if target == "alt":
-        return record.get("alt")
-    answers = record.get("answers")
-    return answers[0] if isinstance(answers, Sequence) and not isinstance(answers, str) and answers else None
+def _first_answer(record: Record) -> str:
+    answers = record.texts("answers")
+    return answers[0] if answers else record.refuse("answers", "a list with an answer")
 
 
-def _probes(record: Mapping[str, Any], field: str, text: Any) -> dict[str, tuple[Probe, ...]]:
-    families = record.get(field) or {}
-    if not isinstance(families, Mapping):
-        text(field, families)
-    return {
-        name: (
-            Probe(
-                text(f"{field}.{name}.prompt", probe.get("prompt")),
-                text(f"{field}.{name}.answer", probe.get("answer")),
-            ),
-        )
-        for name, probe in families.items()
-    }
+def _named_probes(record: Record, field: str) -> dict[str, tuple[Probe, ...]]:
+    if record.values.get(field) is None:
+        return {}
+    families = record.inside(field)
+    return {name: _required_probe(families.inside(name)) for name in families.values}
 
 
-def _read(path: Path) -> list[Any]:
-    try:
-        records = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(
-            f"{path} does not exist; give the path of your ZsRE edit file with dataset.path="
-        ) from None
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path} is not a readable JSON file: {error}") from error
-    if not isinstance(records, list):
-        raise UserError(f"{path} must hold a JSON list of records, got {type(records).__name__}")
-    return records
+def _required_probe(record: Record) -> tuple[Probe, ...]:
+    return (Probe(record.text("prompt"), record.text("answer")),)

@@ -141,9 +141,7 @@ class HorenEditor(Editor):
             for start in range(0, len(prompts), batch_size):
                 rows = prompts[start : start + batch_size]
                 batch = pad(rows, pad_id_of(self.tokenizer), device=self.model.device)
-                self.model(
-                    batch.input_ids, batch.attention_mask, position_ids=batch.position_ids, use_cache=False
-                )
+                self.model(batch.input_ids, batch.attention_mask, position_ids=batch.position_ids, use_cache=False)
         return torch.cat(found)
 
     # --- Match (2.3): damped Hopfield refinement, strict threshold, newest entry wins ties -------------
@@ -175,9 +173,7 @@ class HorenEditor(Editor):
             return None
         return self._written(outputs, prompt_mask, self.codebook.value(matches.entries[rows]), rows)
 
-    def _written(
-        self, outputs: Tensor, prompt_mask: Tensor, value: Mapping[str, Tensor], rows: Tensor
-    ) -> Tensor:
+    def _written(self, outputs: Tensor, prompt_mask: Tensor, value: Mapping[str, Tensor], rows: Tensor) -> Tensor:
         """Outputs with values `(R, ...)` added, in float32, at the last prompt token of `rows` `(R,)`."""
         columns = last_prompt_positions(prompt_mask)[rows]
         before = outputs[rows, columns].float()
@@ -303,13 +299,9 @@ def _check_ranges(
     threshold: float, pooling_ratio: float, normalize: bool, hopfield: Mapping[str, Any], n_steps: int
 ) -> None:
     if normalize and not -1 <= threshold <= 1:
-        raise UserError(
-            f"method.threshold must be in [-1, 1], got {threshold}; scores of unit vectors are cosines"
-        )
+        raise UserError(f"method.threshold must be in [-1, 1], got {threshold}; scores of unit vectors are cosines")
     if not 0 <= pooling_ratio <= 1:
-        raise UserError(
-            f"method.pooling_ratio must be in [0, 1], got {pooling_ratio}; 0 is the last token alone"
-        )
+        raise UserError(f"method.pooling_ratio must be in [0, 1], got {pooling_ratio}; 0 is the last token alone")
     if not hopfield["beta"] > 0:
         raise UserError(f"method.hopfield.beta must be > 0, got {hopfield['beta']}")
     if not 0 <= hopfield["alpha"] <= 1:

@@ -4,7 +4,6 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError
@@ -15,6 +14,7 @@ from horen_bench.errors import UserError
 from horen_bench.resources import resource
 
 EMBEDDED = "embedded:"
+_LOAD_ERRORS = (OSError, ValueError, HfHubHTTPError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,21 +47,40 @@ def load_model(
     Raises:
         UserError: no such dtype or device, or the files are missing, gated, or not safetensors.
     """
-    options: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
     source = model_source(hub_id)
+    tokenizer = load_tokenizer(hub_id, revision)
     try:
         with _quiet_transformers():
-            tokenizer = AutoTokenizer.from_pretrained(source, **options)
             model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-                source, dtype=_dtype(dtype), device_map=device_map, use_safetensors=True, **options
+                source,
+                dtype=_dtype(dtype),
+                device_map=device_map,
+                use_safetensors=True,
+                revision=revision,
+                trust_remote_code=False,
             )
-    except (OSError, ValueError, HfHubHTTPError) as error:
+    except _LOAD_ERRORS as error:
         raise UserError(_why_not_loaded(hub_id, error)) from error
     if device_map is None:
         model.to(_device(device))  # type: ignore[arg-type]  # torch's own overloads confuse the stub
     model.requires_grad_(False)
     model.eval()
     return LoadedModel(model, tokenizer, f"{_weights_hash(source, model)}-{dtype}")
+
+
+def load_tokenizer(hub_id: str, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model, as published.
+
+    Raises:
+        UserError: as `load_model`.
+    """
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            model_source(hub_id), revision=revision, trust_remote_code=False
+        )
+    except _LOAD_ERRORS as error:
+        raise UserError(_why_not_loaded(hub_id, error)) from error
+    return tokenizer
 
 
 def model_source(hub_id: str) -> str:

@@ -20,9 +20,7 @@ class Codebook:
         device: where keys and values live.
     """
 
-    def __init__(
-        self, key_size: int, value_shapes: Mapping[str, tuple[int, ...]], device: torch.device
-    ) -> None:
+    def __init__(self, key_size: int, value_shapes: Mapping[str, tuple[int, ...]], device: torch.device) -> None:
         self._keys = torch.empty((_FIRST_CAPACITY, key_size), device=device)
         self._values = {
             name: torch.empty((_FIRST_CAPACITY, *shape), device=device) for name, shape in value_shapes.items()
@@ -47,9 +45,7 @@ class Codebook:
         """The value of one entry, or of several (an int64 `(R,)` tensor)."""
         return {name: buffer[entry] for name, buffer in self._values.items()}
 
-    def append(
-        self, key: Tensor, value: Mapping[str, Tensor], label: tuple[int, ...], prompt_length: int
-    ) -> int:
+    def append(self, key: Tensor, value: Mapping[str, Tensor], label: tuple[int, ...], prompt_length: int) -> int:
         """Write a new entry; its index.
 
         Args:
@@ -97,9 +93,7 @@ class Codebook:
         for name, buffer in expected.items():
             if name not in state or state[name].shape[1:] != buffer.shape[1:]:
                 found = tuple(state[name].shape) if name in state else "nothing"
-                raise ValueError(
-                    f"codebook state '{name}' must be (C, *{tuple(buffer.shape[1:])}), got {found}"
-                )
+                raise ValueError(f"codebook state '{name}' must be (C, *{tuple(buffer.shape[1:])}), got {found}")
         ends = [0, *state["label_ends"].tolist()]
         tokens = state["labels"].tolist()
         self.labels = [tuple(tokens[a:b]) for a, b in pairwise(ends)]

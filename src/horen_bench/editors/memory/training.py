@@ -75,9 +75,7 @@ def train_value(
             best = Trained(_copy(leaves), losses, losses[-1], step, finite=True)
         if early_stopping and (losses[-1] < early_stopping.loss_bound or stale >= early_stopping.patience):
             return Trained(best.value, losses, best.loss, step, finite=True)
-        for leaf, gradient in zip(
-            leaves.values(), torch.autograd.grad(loss, list(leaves.values())), strict=True
-        ):
+        for leaf, gradient in zip(leaves.values(), torch.autograd.grad(loss, list(leaves.values())), strict=True):
             leaf.grad = gradient
         optimizer.step()
     if not all(leaf.isfinite().all() for leaf in leaves.values()):

@@ -1,0 +1,143 @@
+"""`python -m horen_bench.datasets fetch|inspect|list`: get published files, and see what they are made of."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+from rich.console import Console
+from rich.table import Table
+
+from horen_bench.cases import EditCase
+from horen_bench.datasets.audit import composition, touched_probes
+from horen_bench.datasets.base import Dataset
+from horen_bench.datasets.sources import fetch, manifest
+from horen_bench.errors import UserError
+from horen_bench.resources import resource
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; the exit code."""
+    console = Console()
+    options = _options(arguments)
+    try:
+        if options.command == "list":
+            _list(console)
+        elif options.command == "fetch":
+            fetch(options.dataset, Path(options.data_dir), console)
+        else:
+            _inspect(options, console)
+    except UserError as error:
+        Console(stderr=True).print(f"error: {error}", highlight=False, markup=False, soft_wrap=True)
+        return 2
+    return 0
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Parsed arguments; settings such as `dataset.path=FILE` may stand anywhere behind the command."""
+    parser = _parser()
+    options, settings = parser.parse_known_args(arguments)
+    unknown = [word for word in settings if "=" not in word or options.command != "inspect"]
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    options.settings = settings
+    return options
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m horen_bench.datasets", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("list", help="what can be fetched, from where, under which licence")
+    fetching = commands.add_parser("fetch", help="download the files of a dataset")
+    fetching.add_argument("dataset", help=f"one of {', '.join(manifest())}")
+    fetching.add_argument("--data-dir", default="data", help="where to put them (default: %(default)s)")
+    inspecting = commands.add_parser(
+        "inspect",
+        help="what the first N cases are made of",
+        epilog="Settings as for a run may follow, e.g. dataset.path=FILE.",
+    )
+    inspecting.add_argument("dataset", help="a dataset of conf/dataset/, e.g. wikibigedit")
+    inspecting.add_argument("-n", type=int, default=1000, help="cases (default: %(default)s)")
+    inspecting.add_argument("--model", help="count tokens with the tokenizer of this model, e.g. qwen25_7b")
+    inspecting.add_argument("--show", type=int, default=3, help="records to print (default: %(default)s)")
+    return parser
+
+
+def _list(console: Console) -> None:
+    table = Table("dataset", "file", "source", "sha256", "licence", title="data/manifest.yaml")
+    for name, sources in manifest().items():
+        for source in sources:
+            origin = source.url or f"hub: {source.hub}"
+            table.add_row(name, source.file, origin, (source.sha256 or "not known")[:12], source.licence)
+    console.print(table)
+
+
+def _inspect(options: argparse.Namespace, console: Console) -> None:
+    overrides = [f"dataset={options.dataset}", *options.settings]
+    if options.model:
+        overrides.append(f"model={options.model}")
+    try:
+        with initialize_config_dir(str(resource("conf")), version_base="1.3"):
+            config = compose("config", overrides)
+    except HydraException as error:
+        raise UserError(" ".join(str(error).split())) from error
+    values = OmegaConf.to_container(config.dataset, resolve=True)
+    assert isinstance(values, dict)
+    dataset: Dataset = instantiate({key: value for key, value in values.items() if key not in ("name", "label")})
+    cases = dataset.cases(options.n)
+    _print_composition(cases, console)
+    if options.model:
+        _print_lengths(cases, config.model.hub_id, config.model.revision, console)
+    for warning in dataset.warnings():
+        console.print(f"note: {warning}", highlight=False, markup=False)
+    for case in cases[: options.show]:
+        console.print(case)
+
+
+def _print_composition(cases: Sequence[EditCase], console: Console) -> None:
+    counts = composition(cases)
+    table = Table("probes", "cases that have one", "share", "probes in all", title=f"{counts.n} cases")
+    for family, covered in counts.coverage.items():
+        table.add_row(family, str(covered), f"{covered / counts.n:.1%}", str(counts.probes[family]))
+    console.print(table)
+    n_locality = counts.probes.get("locality", 0)
+    share = f" ({counts.touched / n_locality:.1%})" if n_locality else ""
+    for count, text in (
+        (counts.conflicts, "cases whose prompt another case gives another target"),
+        (counts.duplicates, "cases that repeat an earlier prompt and target"),
+        (counts.same_paraphrase, "cases with a paraphrase equal to the prompt"),
+        (counts.subject_outside, "cases whose subject is not in the prompt"),
+        (
+            counts.touched,
+            f"of {n_locality} locality probes touched by another edit{share}; locality=clean leaves them out",
+        ),
+    ):
+        console.print(f"{count:>8} {text}", highlight=False)
+    for touched in touched_probes(cases)[:3]:
+        by = cases[touched.by]
+        console.print(
+            f"         e.g. {touched.probe.prompt!r}, by the edit {by.prompt!r}", highlight=False, markup=False
+        )
+
+
+def _print_lengths(cases: Sequence[EditCase], hub_id: str, revision: str | None, console: Console) -> None:
+    # Imported here: the other commands do without torch and transformers.
+    from horen_bench.models.loading import load_tokenizer  # noqa: PLC0415
+    from horen_bench.prompts import encode_continuations, encode_prompts  # noqa: PLC0415
+
+    tokenizer = load_tokenizer(hub_id, revision)
+    prompts = sorted(map(len, encode_prompts(tokenizer, [case.prompt for case in cases])))
+    targets = sorted(map(len, encode_continuations(tokenizer, [case.target for case in cases])))
+    table = Table("tokens", "median", "90 %", "99 %", "longest", title=f"token lengths, {hub_id}")
+    for name, lengths in (("prompt", prompts), ("target", targets)):
+        quantiles = [lengths[min(len(lengths) - 1, int(share * len(lengths)))] for share in (0.5, 0.9, 0.99, 1)]
+        table.add_row(name, *map(str, quantiles))
+    console.print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,98 @@
+"""What every dataset does: give the first `n` cases of its stream, in file order."""
+
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+from horen_bench.cases import EditCase
+from horen_bench.datasets.records import Record, read_records
+from horen_bench.errors import UserError
+
+Conflicts = Literal["keep", "drop_earlier", "drop_later"]
+
+
+class Dataset(ABC):
+    """A stream of cases."""
+
+    @abstractmethod
+    def cases(self, n: int) -> list[EditCase]:
+        """The first `n` cases; never fewer.
+
+        Raises:
+            UserError: there are not so many, or the files are missing or damaged.
+        """
+
+    def warnings(self) -> list[str]:
+        """Sentences that whoever reads a result must know."""
+        return []
+
+
+def stream_head(
+    read: Callable[[int | None], list[EditCase]], n: int, conflicts: Conflicts, where: str
+) -> list[EditCase]:
+    """The first `n` cases of what `read` gives, after the rule on conflicts.
+
+    Args:
+        read: called with the number of cases that are enough, or None for all.
+        n: how many.
+        conflicts: what becomes of cases that give one prompt different targets: `keep` them all,
+            `drop_earlier` (the last target wins), `drop_later` (the first one wins).
+        where: the source, for the message.
+
+    Raises:
+        UserError: there are fewer, or no such rule.
+    """
+    one_of("dataset.conflicts", conflicts, ("keep", "drop_earlier", "drop_later"))
+    cases = read(n) if conflicts == "keep" else without_conflicts(read(None), conflicts)
+    if n > len(cases):
+        raise UserError(f"n={n} is more than {where} holds; write n={len(cases)} or less")
+    return cases[:n]
+
+
+def cases_of_file(
+    path: Path, case_of: Callable[[Record], EditCase], enough: int | None, how_to_get: str
+) -> list[EditCase]:
+    """The cases of a file, in order.
+
+    Every record is read, also those that are not wanted: a damaged file is refused at once, and not after a
+    week of the edits that came before the damage.
+
+    Args:
+        path: the file.
+        case_of: makes a case of a record.
+        enough: keep no more than so many.
+        how_to_get: end of the sentence for a missing file.
+
+    Raises:
+        UserError: the file is missing or damaged, or a record is not of the schema.
+    """
+    where = str(path)
+    records = read_records(path, how_to_get)
+    cases = (case_of(Record.of(value, i, where)) for i, value in enumerate(records))
+    head = list(islice(cases, enough))
+    deque(cases, maxlen=0)  # reads the rest, keeps nothing of it
+    return head
+
+
+def without_conflicts(cases: Sequence[EditCase], conflicts: Conflicts) -> list[EditCase]:
+    """Cases in order, less those that contradict the kept target of their prompt.
+
+    Exact repetitions of the kept target stay.
+    """
+    in_order = cases if conflicts == "drop_earlier" else reversed(cases)
+    kept = {case.prompt: case.target for case in in_order}
+    return [case for case in cases if kept[case.prompt] == case.target]
+
+
+def one_of(name: str, value: Any, allowed: Sequence[str]) -> Any:
+    """The value, if it is allowed.
+
+    Raises:
+        UserError: it is not.
+    """
+    if value not in allowed:
+        raise UserError(f"{name} must be one of {', '.join(allowed)}; got {value!r}")
+    return value

@@ -1,0 +1,90 @@
+"""The 50K stress pool (paper E.4.4): a large pool of ZsRE-style edits and a fixed draw from it.
+
+The paper gives the size of the pool (75,658), its sources (the train split of Mitchell et al. and further entries of
+the ZsRE corpus) and that 50,000 are drawn with a fixed seed. Where it is silent the recipe is ours:
+
+1. read the files in the order given; keep records with all of `src`, `subject` inside `src`, target, `rephrase`,
+   `loc`, `loc_ans`;
+2. of equal `src` keep the first;
+3. stop at `pool_size`, or take what there is and say so;
+4. draw with `numpy.random.default_rng(seed).permutation(len(pool))[:draw]`.
+
+Locality stays aligned with its record. The ids of the drawn records (`file:position`) and their hash are written
+beside a run, so that two labs can tell whether they ran the same stream.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from horen_bench.cases import EditCase
+from horen_bench.datasets.base import Dataset, one_of
+from horen_bench.datasets.records import Record, read_records
+from horen_bench.datasets.zsre import HOW_TO_GET, NqWording, Target, zsre_case
+from horen_bench.errors import UserError
+
+_NEEDED = ("src", "subject", "rephrase", "loc", "loc_ans")
+
+
+class ZsrePool(Dataset):
+    """A seeded draw from a deduplicated pool of ZsRE files.
+
+    Args:
+        paths: the files, in order of preference.
+        target: the field that is written, as for `Zsre`.
+        pool_size: most records in the pool; the paper's is 75,658.
+        draw: length of the stream.
+        draw_seed: of the permutation.
+    """
+
+    def __init__(self, paths: Sequence[str], target: Target, pool_size: int, draw: int, draw_seed: int) -> None:
+        self.paths = [Path(path) for path in paths]
+        self.target: Target = one_of("dataset.target", target, ("answers", "alt"))
+        self.pool_size = pool_size
+        self.draw = draw
+        self.draw_seed = draw_seed
+        self._warnings: list[str] = []
+
+    def cases(self, n: int) -> list[EditCase]:
+        """The first `n` cases of the draw."""
+        pool = self._pool()
+        length = min(self.draw, len(pool))
+        if n > length:
+            raise UserError(f"n={n} is more than the {length} edits of this draw; write n={length} or less")
+        order = np.random.default_rng(self.draw_seed).permutation(len(pool))[:n]
+        return [pool[i] for i in order]
+
+    def warnings(self) -> list[str]:
+        """A sentence if the pool is smaller than the paper's."""
+        return self._warnings
+
+    def _pool(self) -> list[EditCase]:
+        pool: dict[str, EditCase] = {}
+        for case in self._usable():
+            if len(pool) == self.pool_size:
+                break
+            pool.setdefault(case.prompt, case)
+        if len(pool) < self.pool_size:
+            self._warnings = [f"the pool has {len(pool)} records, not {self.pool_size}; the draw is another one"]
+        return list(pool.values())
+
+    def _usable(self) -> Iterator[EditCase]:
+        for path in self.paths:
+            for i, value in enumerate(read_records(path, HOW_TO_GET)):
+                record = Record.of(value, i, str(path))
+                if self._complete(record):
+                    case = zsre_case(record, self.target, NqWording())
+                    yield EditCase(
+                        id=f"{path.stem}:{i}",
+                        prompt=case.prompt,
+                        target=case.target,
+                        subject=case.subject,
+                        paraphrases=case.paraphrases,
+                        locality=case.locality,
+                    )
+
+    def _complete(self, record: Record) -> bool:
+        texts = [record.optional(field) for field in _NEEDED]
+        target = record.optional("alt") if self.target == "alt" else record.texts("answers")
+        return all(texts) and bool(target) and str(texts[1]) in str(texts[0])

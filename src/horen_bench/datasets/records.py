@@ -1,0 +1,194 @@
+"""Reading published dataset files record by record, and refusing by name what is not of their schema."""
+
+import json
+import math
+import unicodedata
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import orjson
+
+from horen_bench.cases import Probe
+from horen_bench.errors import UserError
+
+
+def read_records(path: Path, how_to_get: str) -> list[Any]:
+    """The records of a JSON list, or of a `.jsonl` file.
+
+    `NaN` as pandas writes it is read as a missing value.
+
+    Args:
+        path: the file.
+        how_to_get: end of the sentence for a missing file: where to get it.
+
+    Raises:
+        UserError: no such file, an empty one, JSON that breaks off, or no list of records.
+    """
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist; {how_to_get}") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); {how_to_get}") from error
+    if not content.strip():
+        raise UserError(f"{path} is empty; {how_to_get}")
+    if path.suffix == ".jsonl":
+        return [_parsed(line, path, i) for i, line in enumerate(content.splitlines()) if line.strip()]
+    records = _parsed(content, path, None)
+    if not isinstance(records, list):
+        raise UserError(f"{path}: a JSON list of records is needed, got {_kind(records)}")
+    if not records:
+        raise UserError(f"{path} holds no record; {how_to_get}")
+    return records
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One record, or an object inside one, with words for what is wrong with it.
+
+    Attributes:
+        values: the parsed JSON object.
+        index: position of the record in its file, from 0.
+        where: the file.
+        inner: path from the record to this object, ending in a dot; empty for the record itself.
+    """
+
+    values: Mapping[str, Any]
+    index: int
+    where: str
+    inner: str = ""
+
+    @classmethod
+    def of(cls, value: object, index: int, where: str) -> "Record":
+        """The record in a parsed JSON value.
+
+        Raises:
+            UserError: it is no object.
+        """
+        if not isinstance(value, dict):
+            raise UserError(f"{where}: record {index} must be an object, got {_kind(value)}")
+        return cls(value, index, where)
+
+    def text(self, field: str) -> str:
+        """A text that must be there; stripped, in Unicode NFC.
+
+        Raises:
+            UserError: it is missing, empty, or no string.
+        """
+        found = self.optional(field)
+        return found if found is not None else self.refuse(field, "a non-empty string")
+
+    def optional(self, field: str) -> str | None:
+        """A text that may be missing: null, NaN, "" and an absent field are all None.
+
+        Raises:
+            UserError: it is something else than a string.
+        """
+        value = self.values.get(field)
+        if value is None or (isinstance(value, float) and math.isnan(value)):
+            return None
+        return clean(value) or None if isinstance(value, str) else self.refuse(field, "a string")
+
+    def items(self, field: str) -> Sequence[Any]:
+        """A list that may be missing.
+
+        Raises:
+            UserError: it is something else than a list.
+        """
+        value = self.values.get(field)
+        if value is None:
+            return ()
+        return value if isinstance(value, list) else self.refuse(field, "a list")
+
+    def texts(self, field: str) -> tuple[str, ...]:
+        """A list of non-empty strings that may be missing.
+
+        Raises:
+            UserError: it is no list, or an item is no non-empty string.
+        """
+        items = self.items(field)
+        if not all(isinstance(item, str) and item.strip() for item in items):
+            self.refuse(field, "a list of non-empty strings")
+        return tuple(map(clean, items))
+
+    def inside(self, field: str) -> "Record":
+        """A nested object that must be there: `field`, or `field[i]` for one in a list.
+
+        Raises:
+            UserError: it is missing, or no object.
+        """
+        name, _, position = field.partition("[")
+        value = self.values.get(name)
+        if position:
+            items, i = self.items(name), int(position.rstrip("]"))
+            value = items[i] if i < len(items) else None
+        if not isinstance(value, dict):
+            self.refuse(field, "an object")
+        return Record(value, self.index, self.where, f"{self.inner}{field}.")
+
+    def probe(self, prompt_field: str, answer_field: str) -> tuple[Probe, ...]:
+        """The probe of two fields, or nothing where the prompt is missing.
+
+        Raises:
+            UserError: there is a prompt, but no answer to it.
+        """
+        prompt = self.optional(prompt_field)
+        return (Probe(prompt, self.text(answer_field)),) if prompt else ()
+
+    def refuse(self, field: str, expected: str) -> NoReturn:
+        """Raise the sentence about a field.
+
+        Raises:
+            UserError: always.
+        """
+        name = field.partition("[")[0]
+        if name in self.values:
+            found = f"{self.values[name]!r}"[:80]
+        else:
+            found = f"nothing; its fields are {', '.join(map(str, self.values)) or 'none'}"
+        raise UserError(
+            f"{self.where}: record {self.index}, field '{self.inner}{field}' must be {expected}, got {found}"
+        )
+
+
+def clean(text: str) -> str:
+    """A text without surrounding white space, in Unicode NFC; ASCII is NFC already."""
+    stripped = text.strip()
+    return stripped if stripped.isascii() else unicodedata.normalize("NFC", stripped)
+
+
+def _parsed(content: bytes, path: Path, line: int | None) -> Any:
+    try:
+        return orjson.loads(content)
+    except orjson.JSONDecodeError:
+        pass
+    try:  # the standard library also reads NaN
+        return json.loads(content)
+    except (ValueError, RecursionError) as error:
+        place = f"record {line}" if line is not None else f"record {_n_whole_records(content)}"
+        reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+        raise UserError(
+            f"{path}: JSON breaks off or is damaged in {place} ({reason}); the file may be incomplete, get it again"
+        ) from error
+
+
+def _n_whole_records(content: bytes) -> int:
+    """How many records of a damaged JSON list can be read before the damage."""
+    text = content.decode("utf-8", errors="replace")
+    decoder = json.JSONDecoder()
+    position, n = text.find("[") + 1, 0
+    while True:
+        while position < len(text) and text[position] in " \t\r\n,":
+            position += 1
+        try:
+            _, position = decoder.raw_decode(text, position)
+        except (ValueError, RecursionError):
+            return n
+        n += 1
+
+
+def _kind(value: object) -> str:
+    names = {dict: "an object", list: "a list", str: "a string", type(None): "null"}
+    return names.get(type(value), f"{value!r}"[:40])
