@@ -117,9 +117,7 @@ def test_learning_rate_warms_up_stays_and_falls_to_two_percent() -> None:
     assert tiny._rate(1000, 1000) == pytest.approx(0.02)
 
 
-def test_training_a_few_steps_lowers_the_loss(
-    small_world: World, small_tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_training_a_few_steps_lowers_the_loss(small_world: World, small_tokenizer: PreTrainedTokenizerFast) -> None:
     model = build_model(small_tokenizer, seed=0)
     first = train(model, small_tokenizer, small_world, seed=0, steps=1)
     later = train(model, small_tokenizer, small_world, seed=0, steps=30)
