@@ -82,7 +82,7 @@ def cases_of_file(
 
 @contextmanager
 def _collector_paused() -> Iterator[None]:
-    """Without the cyclic collector: it would walk a million new objects again and again, a third of the loading time."""
+    """Without the cyclic collector: it walks a million new objects again and again, a third of the time."""
     was_on = gc.isenabled()
     gc.disable()
     try:
