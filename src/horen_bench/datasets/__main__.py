@@ -1,20 +1,22 @@
 """`python -m horen_bench.datasets fetch|inspect|list`: get published files, and see what they are made of."""
 
 import argparse
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from hydra import compose, initialize_config_dir
-from hydra.errors import HydraException
-from hydra.utils import instantiate
+from hydra.errors import HydraException, MissingConfigException
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.table import Table
 
 from horen_bench.cases import EditCase
 from horen_bench.datasets.audit import composition, touched_probes
-from horen_bench.datasets.base import Dataset
+from horen_bench.datasets.base import build_dataset
 from horen_bench.datasets.sources import fetch, manifest
 from horen_bench.errors import UserError
 from horen_bench.resources import resource
@@ -61,10 +63,19 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Settings as for a run may follow, e.g. dataset.path=FILE.",
     )
     inspecting.add_argument("dataset", help="a dataset of conf/dataset/, e.g. wikibigedit")
-    inspecting.add_argument("-n", type=int, default=1000, help="cases (default: %(default)s)")
+    inspecting.add_argument("-n", type=_at_least(1), default=1000, help="cases (default: %(default)s)")
     inspecting.add_argument("--model", help="count tokens with the tokenizer of this model, e.g. qwen25_7b")
-    inspecting.add_argument("--show", type=int, default=3, help="records to print (default: %(default)s)")
+    inspecting.add_argument("--show", type=_at_least(0), default=3, help="records to print (default: %(default)s)")
     return parser
+
+
+def _at_least(least: int) -> Callable[[str], int]:
+    def number(word: str) -> int:
+        if not word.isdecimal() or int(word) < least:
+            raise argparse.ArgumentTypeError(f"a whole number of at least {least} is needed, got {word!r}")
+        return int(word)
+
+    return number
 
 
 def _list(console: Console) -> None:
@@ -83,11 +94,10 @@ def _inspect(options: argparse.Namespace, console: Console) -> None:
     try:
         with initialize_config_dir(str(resource("conf")), version_base="1.3"):
             config = compose("config", overrides)
-    except HydraException as error:
-        raise UserError(" ".join(str(error).split())) from error
-    values = OmegaConf.to_container(config.dataset, resolve=True)
-    assert isinstance(values, dict)
-    dataset: Dataset = instantiate({key: value for key, value in values.items() if key not in ("name", "label")})
+        values: Any = OmegaConf.to_container(config.dataset, resolve=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(_sentence(error)) from error
+    dataset = build_dataset(values)
     cases = dataset.cases(options.n)
     _print_composition(cases, console)
     if options.model:
@@ -96,6 +106,16 @@ def _inspect(options: argparse.Namespace, console: Console) -> None:
         console.print(f"note: {warning}", highlight=False, markup=False)
     for case in cases[: options.show]:
         console.print(case)
+
+
+def _sentence(error: Exception) -> str:
+    """Hydra's message in one line that says what to write."""
+    text = " ".join(str(error).split())
+    if isinstance(error, MissingConfigException) and error.options:
+        group, _, choice = str(error.missing_cfg_file).rpartition("/")
+        return f"{group}={choice}: there is no such {group}; write one of {', '.join(error.options)}"
+    unknown = re.match(r"Could not override '([^']+)'", text)
+    return f"{unknown[1]}: there is no such setting; the files in conf/ have them all" if unknown else text
 
 
 def _print_composition(cases: Sequence[EditCase], console: Console) -> None:

@@ -46,14 +46,14 @@ class Akew(Dataset):
         return cases_of_file(self.path, self._case, enough, how_to_get)
 
     def _case(self, record: Record) -> EditCase:
-        rewrite = record.inside("requested_rewrite[0]" if self.part == "mquake" else "requested_rewrite")
+        rewrite = record.inside("requested_rewrite", at=0 if self.part == "mquake" else None)
         if self.part == "counterfact":
             prompt = rewrite.text("prompt_full")
             paraphrases = record.texts("paraphrase_prompts")[:1]
         else:
             prompt = _filled(rewrite) + "?"
             paraphrases = (rewrite.text("question"),)
-        triplets = [rewrite.inside(f"unsfact_triplets_GPT[{i}]") for i in range(_n_triplets(rewrite))]
+        triplets = [rewrite.inside("unsfact_triplets_GPT", at=i) for i in range(_n_triplets(rewrite))]
         return EditCase(
             id=str(record.values.get("case_id", record.index)),
             prompt=prompt,

@@ -48,16 +48,19 @@ def touched_probes(cases: Sequence[EditCase]) -> list[Touched]:
 
 
 class _EditIndex:
-    """Finds the edits of given prompts and subjects; each list is in stream order."""
+    """Finds the first edits of given prompts and subjects.
+
+    Two of each are kept, in stream order: one of them is another edit than the one that asks.
+    """
 
     def __init__(self, cases: Sequence[EditCase]) -> None:
         self._prompts: dict[str, list[int]] = {}
         self._subjects: dict[tuple[str, ...], list[int]] = {}
         for i, case in enumerate(cases):
             for prompt in {case.prompt, *case.paraphrases}:
-                self._prompts.setdefault(prompt, []).append(i)
+                _keep_two(self._prompts.setdefault(prompt, []), i)
             if case.subject and (words := _words(case.subject)):
-                self._subjects.setdefault(words, []).append(i)
+                _keep_two(self._subjects.setdefault(words, []), i)
         self._lengths = sorted({len(words) for words in self._subjects})
 
     def other_edit_touching(self, probe: Probe, case: int) -> int | None:
@@ -73,6 +76,11 @@ class _EditIndex:
         for length in self._lengths:
             for start in range(len(words) - length + 1):
                 yield words[start : start + length]
+
+
+def _keep_two(edits: list[int], edit: int) -> None:
+    if len(edits) < 2:
+        edits.append(edit)
 
 
 def _words(text: str) -> tuple[str, ...]:

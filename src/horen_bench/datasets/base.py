@@ -3,17 +3,39 @@
 import gc
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
+
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
 
 from horen_bench.cases import EditCase
 from horen_bench.datasets.records import Record, read_records
 from horen_bench.errors import UserError
 
 Conflicts = Literal["keep", "drop_earlier", "drop_later"]
+
+
+def build_dataset(config: Mapping[str, Any]) -> "Dataset":
+    """The dataset that the `dataset` part of a configuration describes.
+
+    Args:
+        config: plain values.
+
+    Raises:
+        UserError: the dataset refuses its settings.
+    """
+    try:
+        dataset: Dataset = instantiate({key: value for key, value in config.items() if key not in ("name", "label")})
+    except InstantiationException as error:
+        if isinstance(error.__cause__, UserError):
+            raise error.__cause__ from error
+        reason = " ".join(str(error.__cause__ or error).split())
+        raise UserError(f"dataset={config['name']} cannot be built: {reason}") from error
+    return dataset
 
 
 class Dataset(ABC):
@@ -102,12 +124,23 @@ def without_conflicts(cases: Sequence[EditCase], conflicts: Conflicts) -> list[E
     return [case for case in cases if kept[case.prompt] == case.target]
 
 
-def one_of(name: str, value: Any, allowed: Sequence[str]) -> Any:
+def one_of(name: str, value: Any, allowed: Sequence[object]) -> Any:
     """The value, if it is allowed.
 
     Raises:
         UserError: it is not.
     """
     if value not in allowed:
-        raise UserError(f"{name} must be one of {', '.join(allowed)}; got {value!r}")
+        raise UserError(f"{name} must be one of {', '.join(map(str, allowed))}; got {value!r}")
+    return value
+
+
+def whole_number(name: str, value: Any, least: int) -> int:
+    """The value, if it is a whole number of at least `least`.
+
+    Raises:
+        UserError: it is not.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise UserError(f"{name} must be a whole number of at least {least}; got {value!r}")
     return value

@@ -16,7 +16,10 @@ from horen_bench.cases import EditCase, Probe
 from horen_bench.datasets.base import Dataset
 from horen_bench.datasets.records import Record
 from horen_bench.datasets.zsre import NqWording, zsre_case
+from horen_bench.errors import UserError
 from horen_bench.world import Fact, Subject, World, pick
+
+_MOST = 700_000  # the world has names for so many subjects
 
 
 def records(stream_seed: int, start: int = 0, stop: int | None = None) -> Iterator[dict[str, Any]]:
@@ -133,5 +136,7 @@ class Facts(Dataset):
     def cases(self, n: int) -> list[EditCase]:
         """The first `n` cases of the stream, read by the ZsRE loader."""
         where = f"facts stream {self.stream_seed}"
+        if n > _MOST:
+            raise UserError(f"n={n} is more than {where} holds; write n={_MOST} or less")
         stream = enumerate(records(self.stream_seed, stop=n))
         return [zsre_case(Record.of(record, i, where), "alt", NqWording()) for i, record in stream]

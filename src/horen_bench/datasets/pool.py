@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from horen_bench.cases import EditCase
-from horen_bench.datasets.base import Dataset, one_of
+from horen_bench.datasets.base import Dataset, one_of, whole_number
 from horen_bench.datasets.records import Record, read_records
 from horen_bench.datasets.zsre import HOW_TO_GET, NqWording, Target, zsre_case
 from horen_bench.errors import UserError
@@ -39,11 +39,13 @@ class ZsrePool(Dataset):
     """
 
     def __init__(self, paths: Sequence[str], target: Target, pool_size: int, draw: int, draw_seed: int) -> None:
+        if isinstance(paths, str):
+            raise UserError(f"dataset.paths must be a list such as [train.json,edit.json]; got {paths!r}")
         self.paths = [Path(path) for path in paths]
         self.target: Target = one_of("dataset.target", target, ("answers", "alt"))
-        self.pool_size = pool_size
-        self.draw = draw
-        self.draw_seed = draw_seed
+        self.pool_size = whole_number("dataset.pool_size", pool_size, least=1)
+        self.draw = whole_number("dataset.draw", draw, least=1)
+        self.draw_seed = whole_number("dataset.draw_seed", draw_seed, least=0)
         self._warnings: list[str] = []
 
     def cases(self, n: int) -> list[EditCase]:

@@ -2,16 +2,19 @@
 
 import json
 import math
+import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeGuard
 
 import orjson
 
 from horen_bench.cases import Probe
 from horen_bench.errors import UserError
+
+_SURROGATE = re.compile("[\ud800-\udfff]")  # half a character: JSON can escape it, no tokenizer can read it
 
 
 def read_records(path: Path, how_to_get: str) -> list[Any]:
@@ -71,6 +74,11 @@ class Record:
             raise UserError(f"{where}: record {index} must be an object, got {_kind(value)}")
         return cls(value, index, where)
 
+    def value(self, field: str) -> Any:
+        """Whatever is there; None where it is missing, null or NaN."""
+        value = self.values.get(field)
+        return None if isinstance(value, float) and math.isnan(value) else value
+
     def text(self, field: str) -> str:
         """A text that must be there; stripped, in Unicode NFC.
 
@@ -86,10 +94,10 @@ class Record:
         Raises:
             UserError: it is something else than a string.
         """
-        value = self.values.get(field)
-        if value is None or (isinstance(value, float) and math.isnan(value)):
+        value = self.value(field)
+        if value is None:
             return None
-        return clean(value) or None if isinstance(value, str) else self.refuse(field, "a string")
+        return clean(value) or None if _is_text(value) else self.refuse(field, "a string of valid Unicode")
 
     def items(self, field: str) -> Sequence[Any]:
         """A list that may be missing.
@@ -97,7 +105,7 @@ class Record:
         Raises:
             UserError: it is something else than a list.
         """
-        value = self.values.get(field)
+        value = self.value(field)
         if value is None:
             return ()
         return value if isinstance(value, list) else self.refuse(field, "a list")
@@ -109,24 +117,23 @@ class Record:
             UserError: it is no list, or an item is no non-empty string.
         """
         items = self.items(field)
-        if not all(isinstance(item, str) and item.strip() for item in items):
+        if not all(_is_text(item) and item.strip() for item in items):
             self.refuse(field, "a list of non-empty strings")
         return tuple(map(clean, items))
 
-    def inside(self, field: str) -> "Record":
-        """A nested object that must be there: `field`, or `field[i]` for one in a list.
+    def inside(self, field: str, at: int | None = None) -> "Record":
+        """A nested object that must be there: the field itself, or item `at` of a list.
 
         Raises:
             UserError: it is missing, or no object.
         """
-        name, _, position = field.partition("[")
-        value = self.values.get(name)
-        if position:
-            items, i = self.items(name), int(position.rstrip("]"))
-            value = items[i] if i < len(items) else None
+        if at is None:
+            value, name = self.values.get(field), field
+        else:
+            value, name = next(iter(self.items(field)[at : at + 1]), None), f"{field}[{at}]"
         if not isinstance(value, dict):
-            self.refuse(field, "an object")
-        return Record(value, self.index, self.where, f"{self.inner}{field}.")
+            self.refuse(field, "an object" if at is None else f"a list with an object at {at}")
+        return Record(value, self.index, self.where, f"{self.inner}{name}.")
 
     def probe(self, prompt_field: str, answer_field: str) -> tuple[Probe, ...]:
         """The probe of two fields, or nothing where the prompt is missing.
@@ -143,9 +150,8 @@ class Record:
         Raises:
             UserError: always.
         """
-        name = field.partition("[")[0]
-        if name in self.values:
-            found = f"{self.values[name]!r}"[:80]
+        if field in self.values:
+            found = f"{self.values[field]!r}"[:80]
         else:
             found = f"nothing; its fields are {', '.join(map(str, self.values)) or 'none'}"
         raise UserError(
@@ -157,6 +163,10 @@ def clean(text: str) -> str:
     """A text without surrounding white space, in Unicode NFC; ASCII is NFC already."""
     stripped = text.strip()
     return stripped if stripped.isascii() else unicodedata.normalize("NFC", stripped)
+
+
+def _is_text(value: object) -> TypeGuard[str]:
+    return isinstance(value, str) and (value.isascii() or _SURROGATE.search(value) is None)
 
 
 def _parsed(content: bytes, path: Path, line: int | None) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 import pooch
 import requests
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HTTPError as HubHTTPError  # type: ignore[attr-defined]  # also lost connections
 from omegaconf import OmegaConf
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
@@ -68,13 +68,13 @@ def _fetched(source: Source, data_dir: Path, console: Console) -> Path:
     if place.exists():
         console.print(f"{place} is there already", highlight=False)
         return place
-    place.parent.mkdir(parents=True, exist_ok=True)
     try:
+        place.parent.mkdir(parents=True, exist_ok=True)
         if source.hub:
             _from_hub(source, place)
         else:
             _from_url(source, place, console)
-    except (requests.RequestException, HfHubHTTPError, OSError) as error:
+    except (requests.RequestException, HubHTTPError, OSError) as error:
         raise UserError(
             f"{source.url or source.hub} cannot be downloaded ({' '.join(str(error).split())[:160]}); get it by other "
             f"means and put it at {place}"
@@ -116,13 +116,21 @@ class _Resuming:
         self._console = console
 
     def __call__(self, url: str, output_file: str, _pooch: object) -> None:
+        self._complete(url)
+        self._part.replace(output_file)
+
+    def _complete(self, url: str) -> None:
         done = self._part.stat().st_size if self._part.exists() else 0
-        headers = {"Range": f"bytes={done}-"} if done else {}
+        headers = {"Accept-Encoding": "identity"}  # positions in a compressed answer are not positions in the file
+        if done:
+            headers["Range"] = f"bytes={done}-"
         with requests.get(url, headers=headers, stream=True, timeout=_TIMEOUT) as response:
-            if response.status_code != requests.codes.requested_range_not_satisfiable:  # else the part is whole
+            if response.status_code != requests.codes.requested_range_not_satisfiable:
                 response.raise_for_status()
                 self._append(response, done if response.status_code == requests.codes.partial_content else 0)
-        self._part.replace(output_file)
+            elif response.headers.get("Content-Range") != f"bytes */{done}":  # else the part is whole
+                self._part.unlink()  # it is of another, longer file
+                self._complete(url)
 
     def _append(self, response: requests.Response, done: int) -> None:
         length = response.headers.get("Content-Length")

@@ -59,7 +59,10 @@ class Zsre(Dataset):
         if source == "train" and not train_path:
             raise UserError("dataset.locality_source=train needs dataset.train_path=; or write record instead")
         self.train_path = Path(train_path) if train_path and source == "train" else None
-        self.wording = NqWording(strip_nq_prefix, append_question_mark)
+        self.wording = NqWording(
+            one_of("dataset.strip_nq_prefix", strip_nq_prefix, (True, False)),
+            one_of("dataset.append_question_mark", append_question_mark, (True, False)),
+        )
         self.conflicts = conflicts
 
     def cases(self, n: int) -> list[EditCase]:
@@ -72,9 +75,10 @@ class Zsre(Dataset):
             return edits
         probes = cases_of_file(self.train_path, self._locality_alone, len(edits), HOW_TO_GET)
         if len(probes) < len(edits):
+            fewer = f"n={len(probes)} or less, or " if enough is not None else ""  # else all edits are wanted
             raise UserError(
-                f"{self.train_path} has locality for {len(probes)} of {len(edits)} edits; write n={len(probes)} or "
-                "less, or dataset.locality_source=record"
+                f"{self.train_path} has locality for {len(probes)} of {len(edits)} edits; write {fewer}"
+                "dataset.locality_source=record"
             )
         return [replace(edit, locality=probe.locality) for edit, probe in zip(edits, probes, strict=True)]
 
@@ -126,7 +130,7 @@ def _first_answer(record: Record) -> str:
 
 
 def _named_probes(record: Record, field: str) -> dict[str, tuple[Probe, ...]]:
-    if record.values.get(field) is None:
+    if record.value(field) is None:
         return {}
     families = record.inside(field)
     return {name: _required_probe(families.inside(name)) for name in families.values}

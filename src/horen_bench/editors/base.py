@@ -21,11 +21,13 @@ class Route:
         entry: index of the best entry, or None while the memory is empty.
         score: its score (a cosine where keys are normalised); NaN while the memory is empty.
         matched: whether the score passes the method's threshold, so that the entry acts.
+        version: changes whenever the entry's value is written.
     """
 
     entry: int | None
     score: float
     matched: bool
+    version: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,9 +7,9 @@ Shapes: `B` sequences of `T` tokens, `m` input and `d` output size of the module
 
 import math
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -22,11 +22,13 @@ from horen_bench.cases import EditCase
 from horen_bench.editors.base import Action, Editor, EditRecord, Route
 from horen_bench.editors.memory.adaptors import Adaptor, LoraAdaptor, VectorAdaptor
 from horen_bench.editors.memory.codebook import Codebook
-from horen_bench.editors.memory.hopfield import refine
+from horen_bench.editors.memory.hopfield import refine, similarities
+from horen_bench.editors.memory.parallel import Job, train_values
 from horen_bench.editors.memory.prompt_hook import PromptHook
-from horen_bench.editors.memory.training import EarlyStopping, Trained, edit_loss, train_value
+from horen_bench.editors.memory.training import EarlyStopping, Schedule, Trained, edit_loss, train_value
 from horen_bench.errors import UserError
-from horen_bench.models.architecture import check_module, is_last_layer
+from horen_bench.models.architecture import check_module, decoder_layer_index, is_last_layer
+from horen_bench.models.upper import NotSupportedError, UpperLayers
 from horen_bench.prompts import (
     EncodedEdit,
     encode_edit,
@@ -37,9 +39,14 @@ from horen_bench.prompts import (
 )
 
 LabelRule = Literal["tokens", "release"]
+Engine = Literal["parallel", "sequential"]
 
 # Identical keys give equal scores up to the order of a dot product's additions; scores this close are a tie.
 _TIE = 1e-6
+
+_PARALLEL_SLICE = 1024  # edits that the parallel engine likes to get at once
+_MOST_QUERIES = 256  # routed at once, and
+_MOST_SCORES = 1 << 24  # entries of a score matrix
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +56,15 @@ class Matches:
     entries: Tensor
     scores: Tensor
     matched: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """Where an edit is written, and the routing that led there (None while the codebook was empty)."""
+
+    action: Action
+    entry: int
+    route: Route | None
 
 
 class HorenEditor(Editor):
@@ -72,6 +88,9 @@ class HorenEditor(Editor):
         early_stopping: `loss_bound` and `patience`, or None to take all steps as the release does.
         label_rule: `tokens` compares target token ids; `release` compares the mean of the label row, prompt
             positions counted as -100, as the published code does.
+        engine: `parallel` trains the values of many edits side by side on the layers above the module; `sequential`
+            one at a time on the whole model. Decisions are the same, values up to floating-point order.
+        train_batch: values trained side by side; None finds it from the free memory.
 
     Raises:
         UserError: the model has no such module, or a constant is out of its range.
@@ -96,7 +115,11 @@ class HorenEditor(Editor):
         n_steps: int,
         early_stopping: Mapping[str, Any] | None,
         label_rule: LabelRule,
+        engine: Engine,
+        train_batch: int | None,
     ) -> None:
+        if engine not in ("parallel", "sequential"):
+            raise UserError(f"method.engine must be parallel or sequential, got {engine!r}")
         _check_ranges(threshold, pooling_ratio, normalize, hopfield, n_steps)
         self.model = model
         self.tokenizer = tokenizer
@@ -106,14 +129,20 @@ class HorenEditor(Editor):
         self.pooling_ratio = pooling_ratio
         self.normalize = normalize
         self.hopfield = dict(hopfield)
-        self.n_steps = n_steps
-        self.early_stopping = EarlyStopping(**early_stopping) if early_stopping else None
         self.label_rule: LabelRule = label_rule
         self.n_edits = 0
         linear = check_module(model, module, where="method.module")
         if not isinstance(linear, torch.nn.Linear):
             raise UserError(f"method.module={module} is a {type(linear).__name__}; a linear module is needed")
         self.adaptor = _adaptor(adaptor, linear.out_features, vector, lora)
+        stopping = EarlyStopping(**early_stopping) if early_stopping else None
+        self.schedule = Schedule(self.adaptor.learning_rate, n_steps, stopping)
+        self.engine = engine
+        self.train_batch = train_batch
+        self.slice_size = _PARALLEL_SLICE if engine == "parallel" else 1
+        self._linear = linear
+        self._upper: UpperLayers | None = None
+        self._no_upper: str | None = None
         self.codebook = Codebook(linear.in_features, self.adaptor.shapes, linear.weight.device)
         self.hook = PromptHook(model, linear, self._respond)
 
@@ -142,25 +171,42 @@ class HorenEditor(Editor):
                 rows = prompts[start : start + batch_size]
                 batch = pad(rows, pad_id_of(self.tokenizer), device=self.model.device)
                 self.model(batch.input_ids, batch.attention_mask, position_ids=batch.position_ids, use_cache=False)
-        return torch.cat(found)
+        return torch.cat(found) if found else self.codebook.keys[:0]
 
     # --- Match (2.3): damped Hopfield refinement, strict threshold, newest entry wins ties -------------
 
-    def match(self, queries: Tensor) -> Matches:
-        """Route queries `(B, m)` against the codebook, which must hold an entry."""
+    def match(self, queries: Tensor, hidden: Tensor | None = None) -> Matches:
+        """Route queries `(B, m)` against the codebook, which must hold an entry.
+
+        Args:
+            queries: unrefined.
+            hidden: bool `(B, C)`, true where a query does not see an entry; None: it sees all.
+        """
         keys = self.codebook.keys
-        refined = refine(queries, keys, normalize=self.normalize, **self.hopfield)
-        scores = refined @ keys.T
+        refined = refine(queries, keys, normalize=self.normalize, hidden=hidden, **self.hopfield)
+        scores = similarities(refined, keys, hidden)
         best = scores.amax(dim=1, keepdim=True)
-        newest = len(self.codebook) - 1 - (scores >= best - _TIE).flip(dims=[1]).int().argmax(dim=1)
+        newest = keys.shape[0] - 1 - (scores >= best - _TIE).flip(dims=[1]).int().argmax(dim=1)
         return Matches(newest, best[:, 0], best[:, 0] > self.threshold)
 
     def routes(self, prompts: Sequence[str]) -> list[Route | None]:
         """The router's decision for each prompt."""
         if len(self.codebook) == 0:
             return [Route(None, math.nan, matched=False)] * len(prompts)
-        ids = encode_prompts(self.tokenizer, prompts)
-        return list(_as_routes(self.match(self.queries(ids)))) if ids else []
+        queries = self.queries(encode_prompts(self.tokenizer, prompts))
+        found: list[Route | None] = []
+        for start in range(0, len(queries), self._block_size()):
+            found += self._as_routes(self.match(queries[start : start + self._block_size()]))
+        return found
+
+    def _block_size(self) -> int:
+        """Queries that are routed at once, so that no score matrix grows past a fixed size with the codebook."""
+        return max(1, min(_MOST_QUERIES, _MOST_SCORES // max(1, len(self.codebook))))
+
+    def _as_routes(self, matches: Matches) -> list[Route]:
+        columns = (matches.entries.tolist(), matches.scores.tolist(), matches.matched.tolist())
+        versions = self.codebook.versions
+        return [Route(entry, score, hit, versions[entry]) for entry, score, hit in zip(*columns, strict=True)]
 
     # --- Inference: add the matched value at the last prompt token -------------------------------------
 
@@ -183,31 +229,58 @@ class HorenEditor(Editor):
     # --- Writing (2.4): route, then insert or fine-tune ------------------------------------------------
 
     def edit(self, cases: Sequence[EditCase]) -> list[EditRecord]:
-        """Write the cases one by one."""
-        return [self._edit_one(case) for case in cases]
+        """Write the cases in order: routing decisions first, then all values, chains on one entry in waves.
 
-    def _edit_one(self, case: EditCase) -> EditRecord:
+        Routing depends on the frozen network alone and values of different entries are independent, so both engines
+        take the same decisions and find the same values.
+        """
+        if self.engine == "sequential":
+            return [record for case in cases for record in self._write([case])]
+        return self._write(cases)
+
+    def _write(self, cases: Sequence[EditCase]) -> list[EditRecord]:
         started = time.perf_counter()
-        encoded = encode_edit(self.tokenizer, case.prompt, case.target)
-        index, self.n_edits = self.n_edits, self.n_edits + 1
-        record = partial(EditRecord, case.id)
-        if not encoded.target:
-            seconds = time.perf_counter() - started
-            return record("failed", None, None, math.nan, 0, seconds, "the target has no token to write")
-        query = self.queries([encoded.prompt])
-        route = next(_as_routes(self.match(query))) if len(self.codebook) else None
-        matched = route.entry if route and route.matched else None
-        entry = matched if matched is not None and self._consistent(matched, encoded) else None
-        action: Action = "inserted" if matched is None else "conflict" if entry is None else "fine_tuned"
-        start = self.codebook.value(entry) if entry is not None else self._initial_value(index)
-        trained = self._train(encoded, start)
-        if entry is None:
-            entry = self.codebook.append(query[0], trained.value, encoded.target, len(encoded.prompt))
-        else:
-            self.codebook.set_value(entry, trained.value)
-        problem = None if trained.finite else "the loss was not finite; the last finite value was kept"
-        seconds = time.perf_counter() - started
-        return record(action, entry, route, trained.loss, trained.steps, seconds, problem)
+        edits = [encode_edit(self.tokenizer, case.prompt, case.target) for case in cases]
+        kept = [i for i, edit in enumerate(edits) if edit.target]
+        first, self.n_edits = self.n_edits, self.n_edits + len(cases)
+        decisions = dict(zip(kept, self._decide([edits[i] for i in kept]), strict=True))
+        trained = self._train_in_waves({i: decisions[i].entry for i in kept}, edits, first)
+        seconds = (time.perf_counter() - started) / max(1, len(cases))
+        return [
+            _record(case, decisions[i], trained[i], seconds) if i in decisions else _not_written(case, seconds)
+            for i, case in enumerate(cases)
+        ]
+
+    def _decide(self, edits: Sequence[EncodedEdit]) -> list[Decision]:
+        """Route each edit against the codebook as it stands when its turn comes; insert the new keys.
+
+        A block of edits is routed at once as if each of them inserted its key. That holds up to the first one that
+        fine-tunes an entry instead; from there on the rest is routed again.
+        """
+        queries = self.queries([edit.prompt for edit in edits])
+        decisions: list[Decision] = []
+        while len(decisions) < len(edits):
+            done = len(decisions)
+            block = slice(done, done + (self._block_size() if len(self.codebook) else 1))
+            decisions += self._decide_block(edits[block], queries[block])
+        return decisions
+
+    def _decide_block(self, edits: Sequence[EncodedEdit], queries: Tensor) -> list[Decision]:
+        """Decisions from the first edit of a block up to the first that inserts nothing."""
+        before = len(self.codebook)
+        for edit, query in zip(edits, queries, strict=True):
+            self.codebook.append(query, edit.target, len(edit.prompt))
+        if before == 0:
+            return [Decision("inserted", 0, None)]
+        newer = torch.ones((len(edits), len(edits)), dtype=torch.bool, device=queries.device).triu()
+        hidden = F.pad(newer, (before, 0), value=False)
+        decisions: list[Decision] = []
+        for i, route in enumerate(self._as_routes(self.match(queries, hidden))):
+            if route.matched and route.entry is not None and self._consistent(route.entry, edits[i]):
+                self.codebook.truncate(before + i)
+                return [*decisions, Decision("fine_tuned", route.entry, route)]
+            decisions.append(Decision("conflict" if route.matched else "inserted", before + i, route))
+        return decisions
 
     def _consistent(self, entry: int, edit: EncodedEdit) -> bool:
         """Whether the matched entry was created by the same target (branch ii)."""
@@ -216,26 +289,66 @@ class HorenEditor(Editor):
             return label == edit.target
         return _label_row_mean(label, length) == _label_row_mean(edit.target, len(edit.prompt))
 
+    def _train_in_waves(
+        self, entries: Mapping[int, int], edits: Sequence[EncodedEdit], first: int
+    ) -> dict[int, Trained]:
+        """Train the value of each edit's entry; edits of one entry follow each other, all others go side by side.
+
+        Args:
+            entries: the entry that each edit, by position, is written to.
+            edits: all edits.
+            first: index in the stream of the edit at position 0.
+        """
+        chains: dict[int, deque[int]] = {}
+        for position, entry in entries.items():
+            chains.setdefault(entry, deque()).append(position)
+        trained: dict[int, Trained] = {}
+        while chains:
+            wave = {chain.popleft(): entry for entry, chain in chains.items()}
+            chains = {entry: chain for entry, chain in chains.items() if chain}
+            jobs = [Job(i, edits[i], self._start_value(entry, first + i)) for i, entry in wave.items()]
+            for job, result in self._train(jobs):
+                trained[job.position] = result
+                self.codebook.set_value(wave[job.position], result.value)
+        return trained
+
+    def _start_value(self, entry: int, index: int) -> dict[str, Tensor]:
+        """The entry's value, or a first one for edit `index` of the stream."""
+        if self.codebook.versions[entry]:
+            return self.codebook.value(entry)
+        return self._initial_value(index)
+
     def _initial_value(self, index: int) -> dict[str, Tensor]:
         seed = int(SeedSequence([self.seed, index]).generate_state(1)[0])
         value = self.adaptor.initial(torch.Generator().manual_seed(seed))
         return {name: tensor.to(self.codebook.keys.device) for name, tensor in value.items()}
 
-    def _train(self, edit: EncodedEdit, start: Mapping[str, Tensor]) -> Trained:
+    def _train(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, Trained]]:
+        upper = self._upper_layers() if self.engine == "parallel" else None
+        if upper is None:
+            return ((job, self._train_plainly(job)) for job in jobs)
+        return train_values(jobs, upper, self.adaptor.added, self.schedule, self.train_batch)
+
+    def _upper_layers(self) -> UpperLayers | None:
+        """The fast path's layers, or None where the model does not fit it; then `warnings` says so."""
+        if self._upper is None and self._no_upper is None:
+            try:
+                self._upper = UpperLayers(self.model, self._linear, _layer_of(self.module_path))
+            except NotSupportedError as reason:
+                self._no_upper = f"values were trained one by one on the whole model: {reason}"
+        return self._upper
+
+    def _train_plainly(self, job: Job) -> Trained:
+        """One value on the whole model, one sequence at a time: the path that the fast one is compared with."""
+
         def loss_of(value: dict[str, Tensor]) -> Tensor:
             def respond(inputs: Tensor, outputs: Tensor, prompt_mask: Tensor) -> Tensor:
                 one = {name: tensor[None] for name, tensor in value.items()}
                 return self._written(outputs, prompt_mask, one, outputs.new_zeros(1, dtype=torch.long))
 
-            return edit_loss(self.model, self.hook, edit, respond)
+            return edit_loss(self.model, self.hook, job.edit, respond)
 
-        return train_value(
-            start,
-            loss_of,
-            learning_rate=self.adaptor.learning_rate,
-            n_steps=self.n_steps,
-            early_stopping=self.early_stopping,
-        )
+        return train_value(job.start, loss_of, self.schedule)
 
     # --- State -----------------------------------------------------------------------------------------
 
@@ -258,12 +371,13 @@ class HorenEditor(Editor):
 
     def warnings(self) -> list[str]:
         """The last block's limit, where it applies."""
-        if not is_last_layer(self.model, self.module_path):
-            return []
-        return [
-            f"{self.module_path} is in the last block: a value there can change the first target token only, "
-            "so the score of longer targets is capped by what the base model continues"
-        ]
+        found = [self._no_upper] if self._no_upper else []
+        if is_last_layer(self.model, self.module_path):
+            found.append(
+                f"{self.module_path} is in the last block: a value there can change the first target token only, "
+                "so the score of longer targets is capped by what the base model continues"
+            )
+        return found
 
 
 def _suffix_mean(inputs: Tensor, mask: Tensor, ratio: float) -> Tensor:
@@ -277,9 +391,21 @@ def _suffix_mean(inputs: Tensor, mask: Tensor, ratio: float) -> Tensor:
     return torch.einsum("bt,btm->bm", weights, inputs.float())
 
 
-def _as_routes(matches: Matches) -> Iterator[Route]:
-    columns = (matches.entries.tolist(), matches.scores.tolist(), matches.matched.tolist())
-    return (Route(entry, score, matched) for entry, score, matched in zip(*columns, strict=True))
+def _record(case: EditCase, decision: Decision, trained: Trained, seconds: float) -> EditRecord:
+    problem = None if trained.finite else "the loss was not finite; the last finite value was kept"
+    loss, steps = trained.loss, trained.steps
+    return EditRecord(case.id, decision.action, decision.entry, decision.route, loss, steps, seconds, problem)
+
+
+def _not_written(case: EditCase, seconds: float) -> EditRecord:
+    return EditRecord(case.id, "failed", None, None, math.nan, 0, seconds, "the target has no token to write")
+
+
+def _layer_of(path: str) -> int:
+    layer = decoder_layer_index(path)
+    if layer is None:
+        raise NotSupportedError(f"{path} is in no numbered layer")
+    return layer
 
 
 def _label_row_mean(target: Sequence[int], prompt_length: int) -> float:

@@ -27,6 +27,7 @@ class Codebook:
         }
         self.labels: list[tuple[int, ...]] = []
         self.prompt_lengths: list[int] = []
+        self.versions: list[int] = []  # grows whenever the entry's value is set; 0: not yet
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -45,12 +46,11 @@ class Codebook:
         """The value of one entry, or of several (an int64 `(R,)` tensor)."""
         return {name: buffer[entry] for name, buffer in self._values.items()}
 
-    def append(self, key: Tensor, value: Mapping[str, Tensor], label: tuple[int, ...], prompt_length: int) -> int:
-        """Write a new entry; its index.
+    def append(self, key: Tensor, label: tuple[int, ...], prompt_length: int) -> int:
+        """Make a new entry, whose value is still to be set; its index.
 
         Args:
             key: `(m,)`.
-            value: tensors of the shapes given at construction.
             label: token ids of the target that created the entry.
             prompt_length: tokens of its prompt (only the release's label rule looks at it).
         """
@@ -60,11 +60,16 @@ class Codebook:
         self._keys[entry] = key
         self.labels.append(label)
         self.prompt_lengths.append(prompt_length)
-        self.set_value(entry, value)
+        self.versions.append(0)
         return entry
+
+    def truncate(self, size: int) -> None:
+        """Forget the entries from `size` on."""
+        del self.labels[size:], self.prompt_lengths[size:], self.versions[size:]
 
     def set_value(self, entry: int, value: Mapping[str, Tensor]) -> None:
         """Overwrite the value of an entry; its key and label stay."""
+        self.versions[entry] += 1
         for name, buffer in self._values.items():
             buffer[entry] = value[name]
 
@@ -98,6 +103,7 @@ class Codebook:
         tokens = state["labels"].tolist()
         self.labels = [tuple(tokens[a:b]) for a, b in pairwise(ends)]
         self.prompt_lengths = state["prompt_lengths"].tolist()
+        self.versions = [1] * len(self.labels)
         self._reserve(max(len(self), _FIRST_CAPACITY))
         for name, buffer in {
             "keys": self._keys,

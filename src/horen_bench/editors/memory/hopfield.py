@@ -8,9 +8,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def hopfield_map(q: Tensor, keys: Tensor, beta: float) -> Tensor:
-    """One standard Hopfield update, `Phi(q) = K^T softmax(beta K q)`, `(B, m)`."""
-    return torch.softmax(beta * q @ keys.T, dim=-1) @ keys
+def hopfield_map(q: Tensor, keys: Tensor, beta: float, hidden: Tensor | None = None) -> Tensor:
+    """One standard Hopfield update, `Phi(q) = K^T softmax(beta K q)`, `(B, m)`.
+
+    Args:
+        q: queries.
+        keys: the codebook's.
+        beta: inverse temperature.
+        hidden: bool `(B, C)`, true where a query does not see a key.
+    """
+    return torch.softmax(beta * similarities(q, keys, hidden), dim=-1) @ keys
+
+
+def similarities(q: Tensor, keys: Tensor, hidden: Tensor | None = None) -> Tensor:
+    """Inner products `(B, C)`; minus infinity where a query does not see a key."""
+    products = q @ keys.T
+    return products if hidden is None else products.masked_fill_(hidden, -torch.inf)
 
 
 def energy(q: Tensor, keys: Tensor, beta: float) -> Tensor:
@@ -19,7 +32,15 @@ def energy(q: Tensor, keys: Tensor, beta: float) -> Tensor:
 
 
 def refine(
-    q: Tensor, keys: Tensor, *, beta: float, alpha: float, steps: int, eps: float, normalize: bool = True
+    q: Tensor,
+    keys: Tensor,
+    *,
+    beta: float,
+    alpha: float,
+    steps: int,
+    eps: float,
+    normalize: bool = True,
+    hidden: Tensor | None = None,
 ) -> Tensor:
     """Let queries relax towards the keys for at most `steps` damped steps (Eqs. 2-3).
 
@@ -34,12 +55,13 @@ def refine(
         steps: most updates, >= 0.
         eps: distance below which a query has arrived, >= 0.
         normalize: False is the ablation of Table 10: neither retrieval nor query is projected.
+        hidden: bool `(B, C)`, true where a query does not see a key.
 
     Returns:
         Refined queries `(B, m)`; unit rows if `normalize`.
     """
     for _ in range(steps):
-        retrieved = hopfield_map(q, keys, beta)
+        retrieved = hopfield_map(q, keys, beta, hidden)
         if normalize:
             retrieved = F.normalize(retrieved, dim=-1)
         moving = (retrieved - q).norm(dim=-1, keepdim=True) >= eps

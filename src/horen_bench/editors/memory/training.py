@@ -29,6 +29,15 @@ class EarlyStopping:
 
 
 @dataclass(frozen=True, slots=True)
+class Schedule:
+    """How a value is trained: Adam's learning rate, the most steps, and when to stop before (None: never)."""
+
+    learning_rate: float
+    n_steps: int
+    early_stopping: EarlyStopping | None
+
+
+@dataclass(frozen=True, slots=True)
 class Trained:
     """A trained value.
 
@@ -47,21 +56,15 @@ class Trained:
     finite: bool
 
 
-def train_value(
-    value: Mapping[str, Tensor],
-    loss_of: Callable[[Value], Tensor],
-    *,
-    learning_rate: float,
-    n_steps: int,
-    early_stopping: EarlyStopping | None,
-) -> Trained:
+def train_value(value: Mapping[str, Tensor], loss_of: Callable[[Value], Tensor], schedule: Schedule) -> Trained:
     """Minimise `loss_of` over a value with a fresh Adam.
 
     The release takes all `n_steps` (`early_stopping=None`). With early stopping the loss is looked at
     before each step, so a value that is already good is not moved.
     """
+    rule, n_steps = schedule.early_stopping, schedule.n_steps
     leaves = {name: tensor.detach().clone().requires_grad_() for name, tensor in value.items()}
-    optimizer = torch.optim.Adam(leaves.values(), lr=learning_rate)
+    optimizer = torch.optim.Adam(leaves.values(), lr=schedule.learning_rate)
     best = Trained(_copy(leaves), [], math.inf, 0, finite=True)
     losses: list[float] = []
     stale = 0
@@ -71,15 +74,16 @@ def train_value(
         if not math.isfinite(losses[-1]):
             return Trained(best.value, losses, best.loss, step, finite=False)
         stale = 0 if losses[-1] < best.loss else stale + 1
-        if losses[-1] < best.loss or early_stopping is None:
+        if losses[-1] < best.loss or rule is None:
             best = Trained(_copy(leaves), losses, losses[-1], step, finite=True)
-        if early_stopping and (losses[-1] < early_stopping.loss_bound or stale >= early_stopping.patience):
+        if rule and (losses[-1] < rule.loss_bound or stale >= rule.patience):
             return Trained(best.value, losses, best.loss, step, finite=True)
         for leaf, gradient in zip(leaves.values(), torch.autograd.grad(loss, list(leaves.values())), strict=True):
             leaf.grad = gradient
         optimizer.step()
-    if not all(leaf.isfinite().all() for leaf in leaves.values()):
-        return Trained(best.value, losses, best.loss, n_steps, finite=False)
+    sound = all(bool(leaf.isfinite().all()) for leaf in leaves.values())
+    if rule or not sound:
+        return Trained(best.value, losses, best.loss, n_steps, finite=sound)
     return Trained(_copy(leaves), losses, losses[-1] if losses else math.nan, n_steps, finite=True)
 
 
