@@ -1,7 +1,7 @@
 """The run: write the stream of edits, question the model at each checkpoint, record, go on after a stop."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -226,6 +226,7 @@ class Stream:
     position: Position = field(default_factory=Position)
     _saved_n: int = 0
     _next_save: float = 0.0
+    _answered: dict[int, tuple[tuple[int | None, int], Answer]] = field(default_factory=dict)
 
     def take_up(self, before: int) -> None:
         """Go on from the stored state, unless it lies beyond the next checkpoint, `before`.
@@ -288,9 +289,9 @@ class Stream:
         questions = [self.questions[i] for i in chosen]
         task = progress.add_task(f"asking at N={n}", total=len(questions), unit="questions")
         seconds = Stopwatch()
-        answers = self.examiner.ask(questions, lambda count: progress.advance(task, count))
-        eval_seconds = seconds.elapsed()
         routes = self.editor.routes([question.prompt for question in questions])
+        answers = self._answers(chosen, routes, lambda count: progress.advance(task, count))
+        eval_seconds = seconds.elapsed()
         asked = asked_table(self.examiner, questions, answers, [self.base[i] for i in chosen], routes)
         records = self.position.records[:n]
         cases = per_case(self.cases[:n], records, asked)
@@ -312,6 +313,28 @@ class Stream:
         }
         self.store.add_checkpoint(row, cases)
         return row
+
+    def _answers(
+        self, chosen: Sequence[int], routes: Sequence[Route | None], advance: Callable[[int], None]
+    ) -> list[Answer]:
+        """Answers to the questions at `chosen`, asking the model no more than necessary.
+
+        Where no entry acts, the edited model is the base model, whose answer is known; where the same entry with the
+        same value acts as at an earlier checkpoint, so is the answer. Both hold exactly, since a route decides all
+        that a memory editor does. Editors without a router are asked everything.
+        """
+        known = {i: self.base[i] for i, route in zip(chosen, routes, strict=True) if route and not route.matched}
+        for i, route in zip(chosen, routes, strict=True):
+            earlier = self._answered.get(i)
+            if route and route.matched and earlier and earlier[0] == (route.entry, route.version):
+                known[i] = earlier[1]
+        asking = [i for i in chosen if i not in known]
+        advance(len(known))
+        known |= dict(zip(asking, self.examiner.ask([self.questions[i] for i in asking], advance), strict=True))
+        for i, route in zip(chosen, routes, strict=True):
+            if route and route.matched:
+                self._answered[i] = ((route.entry, route.version), known[i])
+        return [known[i] for i in chosen]
 
     def _locality_warnings(self, n: int, touched: set[tuple[int, str]]) -> list[str]:
         if not touched:

@@ -186,7 +186,10 @@ def _parsed(content: bytes, path: Path, line: int | None) -> Any:
 
 def _n_whole_records(content: bytes) -> int:
     """How many records of a damaged JSON list can be read before the damage."""
-    text = content.decode("utf-8", errors="replace")
+    try:
+        text = content.decode(errors="surrogatepass")
+    except UnicodeDecodeError as error:
+        text = content[: error.start].decode(errors="surrogatepass")
     decoder = json.JSONDecoder()
     position, n = text.find("[") + 1, 0
     while True:

@@ -9,6 +9,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -56,6 +57,10 @@ class Matches:
     entries: Tensor
     scores: Tensor
     matched: Tensor
+
+
+class _QueriesRead(Exception):  # noqa: N818 - no error, it ends a forward pass early
+    """The queries of a batch are known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,12 +170,14 @@ class HorenEditor(Editor):
 
         def read(inputs: Tensor, outputs: Tensor, prompt_mask: Tensor) -> None:
             found.append(self.query(inputs, prompt_mask))
+            raise _QueriesRead  # the layers above have nothing to add
 
         with self.hook.responding(read):
             for start in range(0, len(prompts), batch_size):
                 rows = prompts[start : start + batch_size]
                 batch = pad(rows, pad_id_of(self.tokenizer), device=self.model.device)
-                self.model(batch.input_ids, batch.attention_mask, position_ids=batch.position_ids, use_cache=False)
+                with suppress(_QueriesRead):
+                    self.model(batch.input_ids, batch.attention_mask, position_ids=batch.position_ids, use_cache=False)
         return torch.cat(found) if found else self.codebook.keys[:0]
 
     # --- Match (2.3): damped Hopfield refinement, strict threshold, newest entry wins ties -------------
