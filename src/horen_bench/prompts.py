@@ -81,9 +81,12 @@ def encode_edit(tokenizer: PreTrainedTokenizerBase, prompt: str, target: str) ->
     """Encode `prompt + " " + target` so that its first ids are exactly those of the prompt alone.
 
     Where the tokenizer merges across the border (a prompt that ends in a space), prompt and target are
-    encoded apart and joined, so that a key read from the prompt alone is the key that was written.
+    encoded apart and joined, so that a key read from the prompt alone is the key that was written. A blank target
+    has no ids.
     """
     prompt_ids = encode_prompts(tokenizer, [prompt])[0]
+    if not target.strip():
+        return EncodedEdit(tuple(prompt_ids), ())
     joint = _ids(tokenizer, [f"{prompt} {target}"], special=True)[0]
     if joint[: len(prompt_ids)] == prompt_ids:
         target_ids = joint[len(prompt_ids) :]
@@ -125,6 +128,7 @@ def move_padding_left(input_ids: Tensor, attention_mask: Tensor) -> Batch:
     padding token.
     """
     width = input_ids.shape[1]
+    attention_mask = attention_mask.long()
     trailing = attention_mask.flip(dims=[1]).argmax(dim=1, keepdim=True)
     source = (torch.arange(width, device=input_ids.device) - trailing) % width
     return Batch(input_ids.gather(1, source), attention_mask.gather(1, source))

@@ -5,10 +5,9 @@ Each fault is one sentence that says what was written, what is allowed, and what
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
-from hydra.errors import InstantiationException
-from hydra.utils import get_class, instantiate
+from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -16,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from horen_bench.editors.base import Editor
 from horen_bench.errors import UserError
 from horen_bench.evaluation import protocol_of
+from horen_bench.instantiation import build
 from horen_bench.models.architecture import folder_skeleton, skeleton
 from horen_bench.models.loading import model_source
 
@@ -55,8 +55,12 @@ def check(config: Config) -> None:
     _check_count("batch_size", config["batch_size"])
     if config["threads"] is not None:
         _check_count("threads", config["threads"])
-    if not isinstance(config["seed"], int) or config["seed"] < 0:
+    if not _is_whole(config["seed"]) or config["seed"] < 0:
         raise UserError(f"seed must be a whole number of at least 0, got {config['seed']!r}")
+    if not (_is_whole(config["save_every"]) or isinstance(config["save_every"], float)):
+        raise UserError(f"save_every must be a number of seconds, got {config['save_every']!r}")
+    if not isinstance(config["force"], bool):
+        raise UserError(f"force must be true or false, got {config['force']!r}")
     protocol_of(config["protocol"], "generate")
     if config["locality"] not in ("all", "clean"):
         raise UserError(f"locality must be all or clean, got {config['locality']!r}")
@@ -82,27 +86,17 @@ def build_editor(config: Config, model: PreTrainedModel, tokenizer: PreTrainedTo
     Raises:
         UserError: the method refuses its settings.
     """
-    arguments = {key: value for key, value in config["method"].items() if key not in ("name", "label")}
-    try:
-        editor: Editor = instantiate(
-            arguments,
-            model=model,
-            tokenizer=tokenizer,
-            seed=config["seed"],
-            _recursive_=False,
-            _convert_="all",
-        )
-    except InstantiationException as error:
-        if isinstance(error.__cause__, UserError):
-            raise error.__cause__ from error
-        reason = " ".join(str(error.__cause__ or error).split())
-        raise UserError(f"method={config['method']['name']} cannot be built: {reason}") from error
+    editor: Editor = build(config["method"], "method", model=model, tokenizer=tokenizer, seed=config["seed"])
     return editor
 
 
 def _check_count(name: str, value: object) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+    if not _is_whole(value) or value < 1:
         raise UserError(f"{name} must hold whole numbers of at least 1, got {value!r}")
+
+
+def _is_whole(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _model_without_weights(model: Config) -> PreTrainedModel | None:

@@ -104,16 +104,20 @@ class RunStore:
         Raises:
             UserError: another process holds it.
         """
+        lock = FileLock(self.path / _LOCK, timeout=0)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            with FileLock(self.path / _LOCK, timeout=0):
-                yield
+            lock.acquire()
         except Timeout:
             raise UserError(
                 f"another process is working on this run ({self.path}); wait for it, or change the settings"
             ) from None
         except OSError as error:
             raise _unwritable(self.path, error) from error
+        try:
+            yield
+        finally:
+            lock.release()
 
     def clear(self) -> None:
         """Forget everything that the run wrote, the lock apart."""
@@ -134,7 +138,7 @@ class RunStore:
         """The checkpoint rows in order of `n`; empty if there is none."""
         if not self._checkpoints.exists():
             return pd.DataFrame({"n": pd.Series(dtype="int64")})
-        return pd.read_csv(self._checkpoints)
+        return pd.read_csv(self._checkpoints, dtype={"run": str, "cases": str})
 
     def rows(self) -> list[dict[str, Any]]:
         """The checkpoint rows as mappings."""

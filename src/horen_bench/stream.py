@@ -8,7 +8,6 @@ from typing import Any
 
 import pandas as pd
 import torch
-from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from rich.console import Console
 from rich.progress import (
@@ -28,6 +27,7 @@ from horen_bench.datasets.base import Dataset
 from horen_bench.editors.base import Editor, EditRecord, Route
 from horen_bench.errors import UserError
 from horen_bench.evaluation import Answer, Examiner, Question, protocol_of, questions_about
+from horen_bench.instantiation import build
 from horen_bench.measurement import Stopwatch, environment, peak_memory
 from horen_bench.models.loading import default_device, load_model
 from horen_bench.rows import asked_table, per_case, summary
@@ -58,7 +58,7 @@ def run(config: Config, console: Console) -> RunResult:
     """
     check(config)
     wanted = checkpoints_of(config)
-    dataset: Dataset = instantiate(_without_names(config["dataset"]))
+    dataset: Dataset = build(config["dataset"], "dataset")
     cases = dataset.cases(config["n"])
     run_id = identity(config)
     names = [config[part]["name"] for part in ("model", "method", "dataset")]
@@ -68,7 +68,7 @@ def run(config: Config, console: Console) -> RunResult:
         missing = [n for n in wanted if n not in done]
         problem = None
         if missing:
-            tracker: Tracker = instantiate(config["tracker"])
+            tracker: Tracker = build(config["tracker"], "tracker")
             stream = _prepare(config, cases, dataset.warnings(), store, console)
             stream.take_up(before=missing[0])
             problem = _tracked(stream, missing, tracker, config)
@@ -364,7 +364,3 @@ class _Speed(ProgressColumn):
     def render(self, task: ProgressTask) -> Text:
         """E.g. `12.3 edits/s`."""
         return Text(f"{task.speed:.1f} {task.fields['unit']}/s" if task.speed else "")
-
-
-def _without_names(part: Config) -> dict[str, Any]:
-    return {key: value for key, value in part.items() if key not in ("name", "label")}

@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Parsed arguments; settings such as `dataset.path=FILE` may stand anywhere behind the command."""
+    """Parsed arguments; settings such as `dataset.path=FILE` may stand anywhere behind the dataset."""
     parser = _parser()
     options, settings = parser.parse_known_args(arguments)
     unknown = [word for word in settings if "=" not in word or options.command != "inspect"]

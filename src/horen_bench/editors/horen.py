@@ -123,9 +123,10 @@ class HorenEditor(Editor):
         engine: Engine,
         train_batch: int | None,
     ) -> None:
-        if engine not in ("parallel", "sequential"):
-            raise UserError(f"method.engine must be parallel or sequential, got {engine!r}")
-        _check_ranges(threshold, pooling_ratio, normalize, hopfield, n_steps)
+        _check_choice("engine", engine, ("parallel", "sequential"))
+        _check_choice("label_rule", label_rule, ("tokens", "release"))
+        _check_choice("adaptor", adaptor, ("vector", "lora"))
+        _check_ranges(threshold, pooling_ratio, normalize, hopfield)
         self.model = model
         self.tokenizer = tokenizer
         self.seed = seed
@@ -248,7 +249,7 @@ class HorenEditor(Editor):
     def _write(self, cases: Sequence[EditCase]) -> list[EditRecord]:
         started = time.perf_counter()
         edits = [encode_edit(self.tokenizer, case.prompt, case.target) for case in cases]
-        kept = [i for i, edit in enumerate(edits) if edit.target]
+        kept = [i for i, edit in enumerate(edits) if edit.prompt and edit.target]
         first, self.n_edits = self.n_edits, self.n_edits + len(cases)
         decisions = dict(zip(kept, self._decide([edits[i] for i in kept]), strict=True))
         trained = self._train_in_waves({i: decisions[i].entry for i in kept}, edits, first)
@@ -365,6 +366,8 @@ class HorenEditor(Editor):
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Go on from a saved codebook."""
+        if "n_edits" not in state:
+            raise ValueError("the state lacks 'n_edits'; it is not one of this editor's")
         self.codebook.load_state_dict(state)
         self.n_edits = int(state["n_edits"])
 
@@ -390,7 +393,7 @@ class HorenEditor(Editor):
 def _suffix_mean(inputs: Tensor, mask: Tensor, ratio: float) -> Tensor:
     """Mean of `(B, T, m)` over the last `max(1, ceil(ratio * P))` of a row's `P` true positions, float32."""
     n_prompt = mask.sum(dim=1)
-    # The product is rounded first: 0.6 * 5 is 3.0000000000000004 and would pool a token too many.
+    # The product is rounded first: 0.14 * 50 is 7.000000000000001 and would pool a token too many.
     n_pooled = (n_prompt.double() * ratio).round(decimals=9).ceil().clamp(min=1)
     rank_from_end = n_prompt[:, None] - mask.cumsum(dim=1)
     pooled = mask & (rank_from_end < n_pooled[:, None])
@@ -405,7 +408,7 @@ def _record(case: EditCase, decision: Decision, trained: Trained, seconds: float
 
 
 def _not_written(case: EditCase, seconds: float) -> EditRecord:
-    return EditRecord(case.id, "failed", None, None, math.nan, 0, seconds, "the target has no token to write")
+    return EditRecord(case.id, "failed", None, None, math.nan, 0, seconds, "prompt or target has no token")
 
 
 def _layer_of(path: str) -> int:
@@ -421,23 +424,24 @@ def _label_row_mean(target: Sequence[int], prompt_length: int) -> float:
 
 
 def _adaptor(kind: str, size: int, vector: Mapping[str, Any], lora: Mapping[str, Any]) -> Adaptor:
-    if kind == "vector":
-        return VectorAdaptor(size, **vector)
-    if kind == "lora":
-        return LoraAdaptor(size, **lora)
-    raise UserError(f"method.adaptor must be 'vector' or 'lora', got '{kind}'")
+    return VectorAdaptor(size, **vector) if kind == "vector" else LoraAdaptor(size, **lora)
 
 
-def _check_ranges(
-    threshold: float, pooling_ratio: float, normalize: bool, hopfield: Mapping[str, Any], n_steps: int
-) -> None:
+def _check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise UserError(f"method.{name} must be '{allowed[0]}' or '{allowed[1]}', got '{value}'")
+
+
+def _check_ranges(threshold: float, pooling_ratio: float, normalize: bool, hopfield: Mapping[str, Any]) -> None:
     if normalize and not -1 <= threshold <= 1:
         raise UserError(f"method.threshold must be in [-1, 1], got {threshold}; scores of unit vectors are cosines")
     if not 0 <= pooling_ratio <= 1:
         raise UserError(f"method.pooling_ratio must be in [0, 1], got {pooling_ratio}; 0 is the last token alone")
+    if set(hopfield) != {"beta", "alpha", "steps", "eps"}:
+        raise UserError(f"method.hopfield must have beta, alpha, steps and eps, got {', '.join(map(str, hopfield))}")
     if not hopfield["beta"] > 0:
         raise UserError(f"method.hopfield.beta must be > 0, got {hopfield['beta']}")
     if not 0 <= hopfield["alpha"] <= 1:
         raise UserError(f"method.hopfield.alpha must be in [0, 1], got {hopfield['alpha']}")
-    if hopfield["steps"] < 0 or n_steps < 0:
-        raise UserError("method.hopfield.steps and method.n_steps must not be negative")
+    if hopfield["steps"] < 0 or hopfield["eps"] < 0:
+        raise UserError(f"method.hopfield.steps and .eps must not be negative, got {dict(hopfield)}")

@@ -3,11 +3,12 @@
 Every score is in [0, 1], higher is better.
 """
 
+import warnings
 from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import bootstrap
+from scipy.stats import DegenerateDataWarning, bootstrap
 
 Scores = NDArray[np.float64]
 
@@ -61,18 +62,22 @@ def op_interval(
 def _interval(
     samples: tuple[Scores, ...], statistic: object, rng: np.random.Generator, n_resamples: int
 ) -> tuple[float, float]:
-    if samples[0].size < 2:
+    if samples[0].size < 2 or any(np.isnan(sample).all() for sample in samples):
         return (float("nan"), float("nan"))
-    interval = bootstrap(
-        samples,
-        statistic,
-        paired=True,
-        method="percentile",
-        n_resamples=n_resamples,
-        batch=max(1, 4_000_000 // samples[0].size),
-        rng=rng,
-    ).confidence_interval
-    return float(interval.low), float(interval.high)
+    with warnings.catch_warnings():
+        # A resample can miss a family that few cases have; such resamples are left out of the percentiles.
+        warnings.simplefilter("ignore", DegenerateDataWarning)
+        resampled = bootstrap(
+            samples,
+            statistic,
+            paired=True,
+            method="percentile",
+            n_resamples=n_resamples,
+            batch=max(1, 4_000_000 // samples[0].size),
+            rng=rng,
+        ).bootstrap_distribution
+    low, high = np.nanpercentile(resampled, [2.5, 97.5])
+    return float(low), float(high)
 
 
 def _nan_mean(scores: Scores, axis: int) -> Scores:

@@ -92,24 +92,34 @@ class Codebook:
         """Take over what `state_dict` gave.
 
         Raises:
-            ValueError: a tensor is missing or has another shape than this codebook's.
+            ValueError: a tensor is missing, has another shape than this codebook's, or another number of entries than
+                the others; the codebook is then as it was.
         """
-        expected = {"keys": self._keys, **{f"value.{name}": buf for name, buf in self._values.items()}}
-        for name, buffer in expected.items():
-            if name not in state or state[name].shape[1:] != buffer.shape[1:]:
-                found = tuple(state[name].shape) if name in state else "nothing"
-                raise ValueError(f"codebook state '{name}' must be (C, *{tuple(buffer.shape[1:])}), got {found}")
-        ends = [0, *state["label_ends"].tolist()]
+        ends, lengths = self._checked(state)
         tokens = state["labels"].tolist()
-        self.labels = [tuple(tokens[a:b]) for a, b in pairwise(ends)]
-        self.prompt_lengths = state["prompt_lengths"].tolist()
+        self.labels = [tuple(tokens[a:b]) for a, b in pairwise([0, *ends])]
+        self.prompt_lengths = lengths
         self.versions = [1] * len(self.labels)
         self._reserve(max(len(self), _FIRST_CAPACITY))
-        for name, buffer in {
-            "keys": self._keys,
-            **{f"value.{n}": b for n, b in self._values.items()},
-        }.items():
-            buffer[: len(self)] = state[name]
+        self.keys[:] = state["keys"]
+        for name, value in self.values.items():
+            value[:] = state[f"value.{name}"]
+
+    def _checked(self, state: Mapping[str, Tensor]) -> tuple[list[int], list[int]]:
+        """Label ends and prompt lengths of a state that fits."""
+        shapes = {"keys": self._keys.shape[1:], "labels": (), "label_ends": (), "prompt_lengths": ()}
+        shapes |= {f"value.{name}": buffer.shape[1:] for name, buffer in self._values.items()}
+        for name, shape in shapes.items():
+            found = tuple(state[name].shape) if name in state else None
+            if found is None or found[1:] != tuple(shape):
+                raise ValueError(f"codebook state '{name}' must be (C, *{tuple(shape)}), got {found or 'nothing'}")
+        counts = {name: state[name].shape[0] for name in shapes if name != "labels"}
+        if len(set(counts.values())) != 1:
+            raise ValueError(f"codebook state has different numbers of entries: {counts}")
+        ends: list[int] = state["label_ends"].tolist()
+        if (ends[-1] if ends else 0) != state["labels"].shape[0]:
+            raise ValueError("codebook state 'label_ends' does not end where 'labels' does")
+        return ends, state["prompt_lengths"].tolist()
 
     def _reserve(self, capacity: int) -> None:
         self._keys = _grown(self._keys, capacity)

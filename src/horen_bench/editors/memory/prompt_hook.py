@@ -34,9 +34,14 @@ class PromptHook:
         module: the module to hook, a part of `model`, with input `(B, T, m)` and output `(B, T, d)`.
         respond: called with the module's input `(B, T, m)`, its output `(B, T, d)` and the prompt mask,
             bool `(B, T)`; returns the new output, or None to leave it alone.
+
+    Raises:
+        ValueError: the model carries such a hook already.
     """
 
     def __init__(self, model: PreTrainedModel, module: nn.Module, respond: Respond) -> None:
+        if "generate" in vars(model):
+            raise ValueError("this model already carries a memory editor; detach that one first")
         self._respond = respond
         self._model = model
         self._signature = inspect.signature(model.forward)
@@ -99,7 +104,7 @@ def _announcing(model: PreTrainedModel) -> Callable[..., Any]:
         if tokens is None or cached_length(kwargs) > 0:
             return plain(tokens, *args, **kwargs)
         mask = kwargs.pop("attention_mask", None)
-        mask = _inferred_mask(model, tokens) if mask is None else mask
+        mask = _inferred_mask(model, tokens, kwargs) if mask is None else mask
         left = move_padding_left(tokens, mask)
         with announced_prompt(left.attention_mask):
             output = plain(left.input_ids, *args, attention_mask=left.attention_mask, **kwargs)
@@ -108,12 +113,12 @@ def _announcing(model: PreTrainedModel) -> Callable[..., Any]:
     return generate
 
 
-def _inferred_mask(model: PreTrainedModel, tokens: Tensor) -> Tensor:
+def _inferred_mask(model: PreTrainedModel, tokens: Tensor, settings: Mapping[str, Any]) -> Tensor:
     """What `generate` itself assumes without a mask: pad ids are padding unless pad is also EOS."""
-    config: Any = model.generation_config
-    pad: int | None = config.pad_token_id
-    eos_ids = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    if pad is None or pad in eos_ids:
+    config: Any = settings.get("generation_config") or model.generation_config
+    pad: int | None = settings.get("pad_token_id", config.pad_token_id)
+    eos = settings.get("eos_token_id", config.eos_token_id)
+    if pad is None or pad in (eos if isinstance(eos, list) else [eos]):
         return torch.ones_like(tokens)
     return (tokens != pad).long()
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from horen_bench.editors.memory.prompt_hook import PromptHook, Respond
+from horen_bench.errors import UserError
 from horen_bench.prompts import EncodedEdit, announced_prompt
 
 Value = dict[str, Tensor]
@@ -27,6 +28,10 @@ class EarlyStopping:
     loss_bound: float
     patience: int
 
+    def __post_init__(self) -> None:
+        if self.patience < 1:
+            raise UserError(f"method.early_stopping.patience must be at least 1, got {self.patience}")
+
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
@@ -35,6 +40,12 @@ class Schedule:
     learning_rate: float
     n_steps: int
     early_stopping: EarlyStopping | None
+
+    def __post_init__(self) -> None:
+        if not self.learning_rate > 0:
+            raise UserError(f"the learning_rate of method.vector and method.lora must be > 0, got {self.learning_rate}")
+        if self.n_steps < 0:
+            raise UserError(f"method.n_steps must not be negative, got {self.n_steps}")
 
 
 @dataclass(frozen=True, slots=True)
