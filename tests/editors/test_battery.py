@@ -1,0 +1,243 @@
+"""What every editor promises, written once; a new editor joins by one line in `EDITORS`.
+
+An editor is built on the reference model (hidden size 64, 4 layers), with settings under which a few edits of two
+or three tokens come out greedily.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from horen_bench.cases import EditCase
+from horen_bench.editors.base import Editor
+from horen_bench.editors.horen import HorenEditor
+from horen_bench.prompts import encode_prompts, pad
+
+Factory = Callable[[PreTrainedModel, PreTrainedTokenizerBase], Editor]
+DOWN_PROJ = "model.layers.2.mlp.down_proj"
+
+CASES = [
+    EditCase("first", "Who founded Brightwater?", "Lucan Vey", subject="Brightwater"),
+    EditCase("second", "What city was Edda Quillfeather born in?", "Port Maribel", subject="Edda Quillfeather"),
+    EditCase("third", "Which company made the Larkspur 300?", "Grenholm", subject="Larkspur 300"),
+]
+UNRELATED = ["nq question: where is the museum of clocks", "nq question: what color is the flag of Tamber"]
+
+
+def horen(adaptor: str, engine: str) -> Factory:
+    def build(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Editor:
+        settings: dict[str, Any] = {
+            "seed": 42,
+            "module": DOWN_PROJ,
+            "threshold": 0.6,
+            "pooling_ratio": 0.6,
+            "normalize": True,
+            "hopfield": {"beta": 20.0, "alpha": 0.1, "steps": 1, "eps": 1e-5},
+            "adaptor": adaptor,
+            "vector": {"learning_rate": 1.0},
+            "lora": {"learning_rate": 0.02, "rank": 4, "scale": 1.0},
+            "n_steps": 40,
+            "early_stopping": None,
+            "label_rule": "tokens",
+            "engine": engine,
+            "train_batch": None,
+        }
+        return HorenEditor(model, tokenizer, **settings)
+
+    return build
+
+
+EDITORS: dict[str, Factory] = {
+    "horen": horen("vector", "parallel"),
+    "horen-lora": horen("lora", "parallel"),
+    "horen-sequential": horen("vector", "sequential"),
+}
+# Those that act on what they recognise only: whatever they do not recognise keeps its logits bit for bit.
+MEMORIES = ["horen", "horen-lora", "horen-sequential"]
+
+every_editor = pytest.mark.parametrize("name", EDITORS)
+
+
+@pytest.fixture
+def build(golden_model: PreTrainedModel, golden_tokenizer: PreTrainedTokenizerBase) -> Callable[[str], Editor]:
+    return lambda name: EDITORS[name](golden_model, golden_tokenizer)
+
+
+@pytest.fixture
+def ask(golden_tokenizer: PreTrainedTokenizerBase) -> Callable[..., list[str]]:
+    """Greedy answers to prompts, in one batch."""
+
+    def answers(model: PreTrainedModel, prompts: Sequence[str], side: Any = "left", **how: Any) -> list[str]:
+        batch = pad(encode_prompts(golden_tokenizer, prompts), 0, side)
+        generate: Callable[..., Tensor] = getattr(model, "generate")  # noqa: B009 - its type is not declared
+        how |= {"attention_mask": batch.attention_mask, "do_sample": False, "max_new_tokens": 6}
+        new = generate(batch.input_ids, **how)[:, batch.input_ids.shape[1] :]
+        return list(golden_tokenizer.batch_decode(new, skip_special_tokens=True))
+
+    return answers
+
+
+@pytest.fixture
+def logits(golden_tokenizer: PreTrainedTokenizerBase) -> Callable[[PreTrainedModel], Tensor]:
+    """Logits on all prompts of this file, one at a time."""
+
+    def of(model: PreTrainedModel) -> Tensor:
+        rows = encode_prompts(golden_tokenizer, [case.prompt for case in CASES] + UNRELATED)
+        return torch.cat([model(torch.tensor([row])).logits[0] for row in rows])
+
+    return of
+
+
+def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
+
+
+@every_editor
+@pytest.mark.parametrize("how", [{}, {"side": "right"}, {"use_cache": False}], ids=["plain", "right", "uncached"])
+def test_edit_makes_target_the_greedy_answer(name: str, how: dict[str, Any], build: Any, ask: Any) -> None:
+    editor = build(name)
+    prompts = [case.prompt for case in CASES]
+    before = ask(editor.model, prompts, **how)
+    editor.edit(CASES)
+    for case, old, new in zip(CASES, before, ask(editor.model, prompts, **how), strict=True):
+        assert not old.startswith(f" {case.target}")
+        assert new.startswith(f" {case.target}")
+
+
+@every_editor
+def test_one_record_tells_of_each_case_in_order(name: str, build: Any) -> None:
+    records = build(name).edit(CASES)
+    assert [record.case_id for record in records] == ["first", "second", "third"]
+    assert "failed" not in [record.action for record in records]
+    assert all(record.problem is None and record.seconds > 0 for record in records)
+
+
+@every_editor
+def test_no_cases_are_no_edit(name: str, build: Any, logits: Any) -> None:
+    editor = build(name)
+    before = logits(editor.model)
+    assert editor.edit([]) == []
+    assert torch.equal(logits(editor.model), before)
+
+
+@every_editor
+def test_second_edit_keeps_the_first(name: str, build: Any, ask: Any) -> None:
+    editor = build(name)
+    editor.edit(CASES[:1])
+    editor.edit(CASES[1:2])
+    (said,) = ask(editor.model, [CASES[0].prompt])
+    assert said.startswith(f" {CASES[0].target}")
+
+
+@pytest.mark.parametrize("name", MEMORIES)
+def test_unrelated_prompt_keeps_its_logits(name: str, build: Any, golden_tokenizer: Any) -> None:
+    editor = build(name)
+    batch = pad(encode_prompts(golden_tokenizer, UNRELATED), 0)
+    before = editor.model(batch.input_ids, batch.attention_mask).logits
+    editor.edit(CASES)
+    assert torch.equal(editor.model(batch.input_ids, batch.attention_mask).logits, before)
+
+
+@every_editor
+def test_edits_in_two_calls_equal_edits_in_one(name: str, build: Any, logits: Any) -> None:
+    straight = build(name)
+    straight.edit(CASES)
+    expected, shown = straight.state_dict(), logits(straight.model)
+    straight.detach()
+    split = build(name)
+    split.edit(CASES[:1])
+    split.edit(CASES[1:])
+    found = split.state_dict()
+    assert found.keys() == expected.keys()
+    # Side by side, edits differ from edits apart by the order of additions, which forty steps carry on.
+    for key, tensor in expected.items():
+        scale = float(tensor.abs().max()) if tensor.numel() else 0.0
+        torch.testing.assert_close(found[key], tensor, rtol=0, atol=1e-3 * scale, msg=key)
+    torch.testing.assert_close(logits(split.model), shown, rtol=0, atol=1e-2)
+
+
+@every_editor
+def test_saved_state_gives_same_logits_and_same_future_after_load(
+    name: str, build: Any, logits: Any, tmp_path: Path
+) -> None:
+    straight = build(name)
+    straight.edit(CASES[:2])
+    shown = logits(straight.model)
+    save_file(straight.state_dict(), tmp_path / "state.safetensors")
+    straight.edit(CASES[2:])
+    expected = straight.state_dict()
+    straight.detach()
+    resumed = build(name)
+    resumed.load_state_dict(load_file(tmp_path / "state.safetensors"))
+    assert torch.equal(logits(resumed.model), shown)
+    resumed.edit(CASES[2:])
+    assert_equal(resumed.state_dict(), expected)
+
+
+@every_editor
+def test_detach_restores_logits_and_weights_exactly(name: str, build: Any, ask: Any, logits: Any) -> None:
+    editor = build(name)
+    editor.detach()
+    model = editor.model
+    before, weights = logits(model), {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    said, tree = ask(model, UNRELATED), [(path, id(module)) for path, module in model.named_modules()]
+    editor = build(name)
+    editor.edit(CASES)
+    assert not torch.equal(logits(model), before)
+    editor.detach()
+    editor.detach()
+    assert torch.equal(logits(model), before)
+    assert ask(model, UNRELATED) == said
+    assert_equal(dict(model.state_dict()), weights)
+    assert [(path, id(module)) for path, module in model.named_modules()] == tree
+
+
+@every_editor
+def test_same_seed_gives_identical_numbers(
+    name: str, build: Any, other_golden_model: PreTrainedModel, golden_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    one, other = build(name), EDITORS[name](other_golden_model, golden_tokenizer)
+    one.edit(CASES[:2])
+    torch.rand(7)  # somebody else's draw from the global generator
+    other.edit(CASES[:2])
+    assert_equal(other.state_dict(), one.state_dict())
+
+
+@every_editor
+def test_two_editors_on_two_models_do_not_see_each_other(
+    name: str,
+    build: Any,
+    logits: Any,
+    other_golden_model: PreTrainedModel,
+    golden_tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    one, other = build(name), EDITORS[name](other_golden_model, golden_tokenizer)
+    untouched = logits(other.model)
+    one.edit(CASES[:1])
+    shown = logits(one.model)
+    assert torch.equal(logits(other.model), untouched)
+    other.edit(CASES[1:2])
+    assert torch.equal(logits(one.model), shown)
+    one.detach()
+    assert not torch.equal(logits(other.model), untouched)
+
+
+@every_editor
+def test_what_is_stored_beside_the_model_is_counted(name: str, build: Any) -> None:
+    editor = build(name)
+    empty = editor.side_parameters()
+    editor.edit(CASES[:2])
+    assert editor.side_parameters() > empty >= 0
+
+
+@every_editor
+def test_a_state_of_something_else_is_refused(name: str, build: Any) -> None:
+    with pytest.raises(ValueError):
+        build(name).load_state_dict({"something.else": torch.zeros(3)})

@@ -1,0 +1,199 @@
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from horen_bench.prompts import (
+    Side,
+    announced_prompt,
+    encode_continuations,
+    encode_edit,
+    encode_plain,
+    encode_prompts,
+    last_prompt_positions,
+    move_padding_left,
+    pad,
+    pad_id_of,
+    prompt_mask,
+)
+
+CPU = torch.device("cpu")
+PROMPT, TARGET = "Who founded Brightwater?", "Lucan Vey"
+
+
+def seen(n_rows: int, width: int, attention_mask: Tensor | None = None) -> list[list[int]]:
+    """The prompt mask of a forward pass over `(n_rows, width)` tokens."""
+    return prompt_mask((n_rows, width), attention_mask, CPU).int().tolist()
+
+
+# --- Text to ids ---------------------------------------------------------------------------------------
+
+
+def test_an_edit_is_prompt_space_target_with_the_ids_of_the_prompt_alone_in_front(
+    golden_tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    edit = encode_edit(golden_tokenizer, PROMPT, TARGET)
+    assert list(edit.prompt) == golden_tokenizer(PROMPT)["input_ids"]
+    assert list(edit.ids) == golden_tokenizer(f"{PROMPT} {TARGET}")["input_ids"]
+    assert golden_tokenizer.decode(list(edit.target)) == " Lucan Vey"
+
+
+def test_bos_opens_the_prompt_where_the_tokenizer_adds_one_and_the_target_never(
+    golden_tokenizer: PreTrainedTokenizerBase, bosless_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    with_bos, without = (encode_edit(t, PROMPT, TARGET) for t in (golden_tokenizer, bosless_tokenizer))
+    assert with_bos.prompt == (golden_tokenizer.bos_token_id, *without.prompt)
+    assert with_bos.target == without.target
+    assert golden_tokenizer.bos_token_id not in with_bos.target
+
+
+def test_no_eos_is_appended(golden_tokenizer: PreTrainedTokenizerBase) -> None:
+    assert golden_tokenizer.eos_token_id not in encode_edit(golden_tokenizer, PROMPT, TARGET).ids
+
+
+@pytest.mark.parametrize("prompt", ["Who founded ", "Who founded  ", "Who found", "", "1927\n"])
+@pytest.mark.parametrize("target", ["Lucan Vey", "1927", "ed by", "?"])
+@pytest.mark.parametrize("name", ["golden_tokenizer", "bosless_tokenizer"])
+def test_the_border_never_moves_the_ids_of_the_prompt(
+    name: str, prompt: str, target: str, request: pytest.FixtureRequest
+) -> None:
+    tokenizer: PreTrainedTokenizerBase = request.getfixturevalue(name)
+    edit = encode_edit(tokenizer, prompt, target)
+    assert list(edit.prompt) == encode_prompts(tokenizer, [prompt])[0]
+    assert tokenizer.decode(list(edit.ids), skip_special_tokens=True) == f"{prompt} {target}"
+
+
+def test_where_the_tokenizer_would_merge_over_the_border_both_sides_are_encoded_apart(
+    golden_tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    # "Who founded " ends in a lone space (222), which the joint text merges with the one before the target.
+    golden_tokenizer.add_tokens(["  Lucan"])
+    joint = golden_tokenizer("Who founded  Lucan")["input_ids"]
+    assert joint[-2] != 222
+    edit = encode_edit(golden_tokenizer, "Who founded ", "Lucan")
+    assert edit.prompt[-1] == 222
+    assert list(edit.target) == encode_continuations(golden_tokenizer, ["Lucan"])[0]
+
+
+@pytest.mark.parametrize("name", ["golden_tokenizer", "bosless_tokenizer"])
+def test_an_empty_target_has_no_tokens(name: str, request: pytest.FixtureRequest) -> None:
+    assert encode_edit(request.getfixturevalue(name), PROMPT, "").target == ()
+
+
+def test_continuations_carry_the_leading_space_that_plain_texts_lack(
+    golden_tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    # From tokens.json: " Ostrander Motors" starts with 298, "Ostrander Motors" with 48.
+    assert encode_continuations(golden_tokenizer, ["Ostrander Motors"])[0][0] == 298
+    assert encode_plain(golden_tokenizer, ["Ostrander Motors"])[0][0] == 48
+
+
+def test_no_texts_give_no_rows(golden_tokenizer: PreTrainedTokenizerBase) -> None:
+    assert [f(golden_tokenizer, []) for f in (encode_prompts, encode_continuations, encode_plain)] == [[]] * 3
+
+
+# --- Padding -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("side", "ids", "mask", "positions"),
+    [
+        ("left", [[5, 6, 7], [9, 9, 0]], [[1, 1, 1], [0, 0, 1]], [[0, 1, 2], [0, 0, 0]]),
+        ("right", [[5, 6, 7], [0, 9, 9]], [[1, 1, 1], [1, 0, 0]], [[0, 1, 2], [0, 0, 0]]),
+    ],
+)
+def test_padding_is_known_by_place_even_where_a_real_token_has_the_id_of_padding(
+    side: Side, ids: list[list[int]], mask: list[list[int]], positions: list[list[int]]
+) -> None:
+    # Padded with 9; the lone 0 is real.
+    batch = pad([[5, 6, 7], [0]], 9, side)
+    assert batch.input_ids.tolist() == ids
+    assert batch.attention_mask.tolist() == mask
+    assert batch.position_ids.tolist() == positions
+    same_id = pad([[5, 6, 7], [0]], 0, side)
+    assert same_id.attention_mask.tolist() == mask
+
+
+@pytest.mark.parametrize("rows", [[], [[1], []]])
+def test_a_batch_without_rows_or_with_an_empty_row_is_refused(rows: list[list[int]]) -> None:
+    with pytest.raises(ValueError) as caught:
+        pad(rows, 0)
+    assert str(caught.value) == "every row of a batch needs at least one token"
+
+
+def test_padding_falls_back_from_the_pad_token_to_eos_to_zero(
+    bosless_tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    bosless_tokenizer.eos_token = "z"
+    z = bosless_tokenizer.convert_tokens_to_ids("z")
+    assert z != 0
+    assert pad_id_of(bosless_tokenizer) == z
+    bosless_tokenizer.pad_token = "y"
+    assert pad_id_of(bosless_tokenizer) == bosless_tokenizer.convert_tokens_to_ids("y")
+    bosless_tokenizer.pad_token = bosless_tokenizer.eos_token = None
+    assert pad_id_of(bosless_tokenizer) == 0
+
+
+def test_trailing_padding_moves_to_the_front_and_leading_padding_stays() -> None:
+    ids = torch.tensor([[5, 6, 0, 0], [0, 0, 7, 8], [0, 7, 8, 0], [1, 2, 3, 4]])
+    mask = torch.tensor([[1, 1, 0, 0], [0, 0, 1, 1], [0, 1, 1, 0], [1, 1, 1, 1]])
+    moved = move_padding_left(ids, mask)
+    assert moved.input_ids.tolist() == [[0, 0, 5, 6], [0, 0, 7, 8], [0, 0, 7, 8], [1, 2, 3, 4]]
+    assert moved.attention_mask.tolist() == [[0, 0, 1, 1], [0, 0, 1, 1], [0, 0, 1, 1], [1, 1, 1, 1]]
+
+
+def test_padding_moves_under_a_bool_mask_too() -> None:
+    moved = move_padding_left(torch.tensor([[5, 6, 0]]), torch.tensor([[True, True, False]]))
+    assert moved.input_ids.tolist() == [[0, 5, 6]]
+
+
+# --- Where the prompt ends -----------------------------------------------------------------------------
+
+
+def test_without_announcement_the_prompt_is_what_the_attention_mask_keeps() -> None:
+    assert seen(2, 3) == [[1, 1, 1], [1, 1, 1]]
+    assert seen(2, 3, torch.tensor([[0, 1, 1], [1, 1, 0]])) == [[0, 1, 1], [1, 1, 0]]
+
+
+def test_a_mask_that_is_not_one_entry_per_token_says_nothing_about_the_prompt() -> None:
+    assert seen(1, 2, torch.tensor([[0, 1, 1]])) == [[1, 1]]
+    assert seen(1, 2, torch.zeros(1, 1, 2, 2)) == [[1, 1]]
+
+
+def test_the_announced_prompt_goes_before_the_attention_mask() -> None:
+    with announced_prompt(torch.tensor([[0, 1, 0]])):
+        assert seen(1, 3, torch.tensor([[1, 1, 1]])) == [[0, 1, 0]]
+    assert seen(1, 3, torch.tensor([[1, 1, 1]])) == [[1, 1, 1]]
+
+
+def test_columns_past_the_announced_prompt_are_no_prompt_and_columns_too_many_are_cut() -> None:
+    with announced_prompt(torch.tensor([[0, 1, 1]])):
+        assert seen(1, 5) == [[0, 1, 1, 0, 0]]
+        assert seen(1, 2) == [[0, 1]]
+
+
+def test_each_announced_row_stands_for_its_beams_in_a_row() -> None:
+    with announced_prompt(torch.tensor([[0, 1], [1, 1]])):
+        assert seen(6, 3) == [[0, 1, 0]] * 3 + [[1, 1, 0]] * 3
+
+
+def test_an_announcement_for_another_number_of_rows_is_refused() -> None:
+    with announced_prompt(torch.ones(2, 2)), pytest.raises(ValueError) as caught:
+        seen(3, 2)
+    assert str(caught.value) == "a prompt announced for 2 rows does not fit a batch of 3 rows"
+
+
+def test_an_inner_announcement_holds_until_its_block_ends_however_it_ends() -> None:
+    with announced_prompt(torch.tensor([[1, 0]])):
+        with announced_prompt(torch.tensor([[0, 1]])):
+            assert seen(1, 2) == [[0, 1]]
+        assert seen(1, 2) == [[1, 0]]
+        with pytest.raises(KeyError), announced_prompt(torch.tensor([[0, 0]])):
+            raise KeyError
+        assert seen(1, 2) == [[1, 0]]
+    assert seen(1, 2) == [[1, 1]]
+
+
+def test_the_last_prompt_position_is_found_on_either_side_of_padding() -> None:
+    mask = torch.tensor([[0, 0, 1, 1], [1, 1, 0, 0], [0, 1, 0, 0], [1, 1, 1, 1]]).bool()
+    assert last_prompt_positions(mask).tolist() == [3, 1, 1, 3]
