@@ -226,9 +226,7 @@ def test_artifact_holds_a_table_with_gaps_for_missing_values(finished: Path) -> 
     assert json.loads(artifact.metadata) == {"rows": 3, "table_rows": 3, "table_is_complete": True}
 
 
-def test_long_table_is_cut_to_its_last_rows_and_says_so(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_long_table_is_cut_to_its_last_rows_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tracking, "_TABLE_ROWS", 1)
     tracker = _tracker()
     tracker.start(tmp_path, RUN_ID, CONFIG, [])
@@ -318,9 +316,7 @@ def test_damaged_ledger_is_refused_by_its_path(tmp_path: Path) -> None:
 
 def test_run_that_the_client_refuses_is_reported_in_one_line(tmp_path: Path) -> None:
     tracker = WandbTracker(project="a/b", entity=None, mode="offline", group=None, tags=[])
-    with pytest.raises(
-        UserError, match=r"did not open the run \(UsageError: Invalid project name.*tracker=none"
-    ):
+    with pytest.raises(UserError, match=r"did not open the run \(UsageError: Invalid project name.*tracker=none"):
         tracker.start(tmp_path, RUN_ID, CONFIG, [])
 
 
@@ -343,9 +339,7 @@ def test_two_trackers_in_one_process_do_not_meet(tmp_path: Path) -> None:
     assert logged == {"one": [1], "two": [2]}
 
 
-def _python(
-    script: str, home: Path, *arguments: Path, stdin: int = subprocess.DEVNULL, exit_code: int = 0
-) -> str:
+def _python(script: str, home: Path, *arguments: Path, stdin: int = subprocess.DEVNULL, exit_code: int = 0) -> str:
     """Run `script` in a new process without W&B credentials; return what it printed."""
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(script), *map(str, arguments)],
@@ -429,9 +423,7 @@ def test_run_goes_on_when_the_client_dies(tmp_path: Path) -> None:
     assert json.loads((run_dir / "wandb.json").read_text()) == {"run_id": "id", "logged": [10]}
 
 
-def test_run_is_closed_even_where_its_cases_cannot_be_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_run_is_closed_even_where_its_cases_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tracking, "_cases_artifact", lambda *_: 1 / 0)
     tracker = _tracker()
     tracker.start(tmp_path, RUN_ID, CONFIG, [_row(10)])

@@ -1,15 +1,14 @@
 """Command line: `python -m horen_bench model=... method=... dataset=... n=...` (Hydra)."""
 
-import difflib
 import os
-import re
 import sys
 
 import hydra
-from hydra.errors import HydraException, MissingConfigException
+from hydra.errors import HydraException
 from omegaconf import DictConfig
 from rich.console import Console
 
+from horen_bench.configuration import plain_words
 from horen_bench.errors import UserError
 from horen_bench.resources import resource
 from horen_bench.settings import resolved
@@ -46,7 +45,7 @@ def main() -> None:
     except HydraException as error:
         if wants_traceback:
             raise
-        _complain(_sentence(error))
+        _complain(plain_words(error))
         sys.exit(_ERROR)
     if failed:
         sys.exit(_ERROR)
@@ -63,34 +62,6 @@ def _show(result: RunResult, console: Console) -> None:
 
 def _complain(sentence: str) -> None:
     Console(stderr=True).print(f"error: {sentence}", highlight=False, markup=False, soft_wrap=True)
-
-
-def _sentence(error: HydraException) -> str:
-    """Hydra's message in one line that says what to write."""
-    text = " ".join(str(error).split())
-    if isinstance(error, MissingConfigException) and error.options:
-        group, _, choice = str(error.missing_cfg_file).rpartition("/")
-        return f"{group}={choice}: there is no such {group}; write one of {', '.join(error.options)}"
-    unknown = re.match(r"Could not override '([^']+)'", text)
-    if unknown is None:
-        return text
-    near = difflib.get_close_matches(unknown[1], _known_settings(), n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]}?" if near else "python -m horen_bench --help lists them all"
-    return f"{unknown[1]}: there is no such setting; {hint}"
-
-
-def _known_settings() -> list[str]:
-    """Dotted names of every setting of the default configuration."""
-    with hydra.initialize_config_dir(str(resource("conf")), version_base="1.3"):
-        return _dotted(hydra.compose("config"))
-
-
-def _dotted(config: DictConfig) -> list[str]:
-    names: list[str] = []
-    for key, value in config.items_ex(resolve=False):
-        nested = _dotted(value) if isinstance(value, DictConfig) else []
-        names += [str(key), *(f"{key!s}.{name}" for name in nested)]
-    return names
 
 
 if __name__ == "__main__":

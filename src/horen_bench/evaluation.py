@@ -3,7 +3,7 @@
 Protocols (one rule for every method in a table):
 
 - `greedy` (default, paper Eq. 10-11): decode `|y|` tokens greedily, pure argmax whatever the checkpoint's
-  `generation_config` says, cut at EOS; the decoded text, stripped and tokenised again, is compared with the
+  `generation_config` says, cut at EOS; the decoded text, left-stripped and tokenised again, is compared with the
   answer position by position. Locality compares the tokens that base and edited model decoded.
 - `teacher_forced`: the answer stands behind the prompt; the argmax at its positions is compared with it.
 - `release`: what the published code does for the method at hand: `greedy` with a score of 0 on any length

@@ -12,10 +12,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from horen_bench.configuration import build
 from horen_bench.editors.base import Editor
 from horen_bench.errors import UserError
 from horen_bench.evaluation import protocol_of
-from horen_bench.instantiation import build
 from horen_bench.models.architecture import folder_skeleton, skeleton
 from horen_bench.models.loading import model_source
 
@@ -33,7 +33,7 @@ def resolved(config: DictConfig) -> dict[str, Any]:
     except InterpolationKeyError as error:
         raise UserError(
             f"method={config.method.name} needs a value that conf/model/{config.model.name}.yaml lacks "
-            f"({' '.join(str(error.msg).split())}); add it there or set {error.full_key} yourself"
+            f"({str(error.msg).splitlines()[0]}); add it there or set {error.full_key} yourself"
         ) from error
     except OmegaConfBaseException as error:
         raise UserError(f"the configuration does not resolve: {' '.join(str(error).split())}") from error

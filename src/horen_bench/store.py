@@ -115,6 +115,8 @@ class RunStore:
         except OSError as error:
             raise _unwritable(self.path, error) from error
         try:
+            for leftover in self.path.rglob(".*.tmp"):  # of a process that was killed while it wrote
+                leftover.unlink()
             yield
         finally:
             lock.release()
@@ -138,7 +140,7 @@ class RunStore:
         """The checkpoint rows in order of `n`; empty if there is none."""
         if not self._checkpoints.exists():
             return pd.DataFrame({"n": pd.Series(dtype="int64")})
-        return pd.read_csv(self._checkpoints, dtype={"run": str, "cases": str})
+        return pd.read_csv(self._checkpoints, dtype=dict.fromkeys(("run", "cases", "weights"), str))
 
     def rows(self) -> list[dict[str, Any]]:
         """The checkpoint rows as mappings."""

@@ -22,12 +22,12 @@ from rich.progress import Task as ProgressTask
 from rich.text import Text
 
 from horen_bench.cases import EditCase, fingerprint
+from horen_bench.configuration import build
 from horen_bench.datasets.audit import touched_probes
 from horen_bench.datasets.base import Dataset
 from horen_bench.editors.base import Editor, EditRecord, Route
 from horen_bench.errors import UserError
 from horen_bench.evaluation import Answer, Examiner, Question, protocol_of, questions_about
-from horen_bench.instantiation import build
 from horen_bench.measurement import Stopwatch, environment, peak_memory
 from horen_bench.models.loading import default_device, load_model
 from horen_bench.rows import asked_table, per_case, summary
@@ -132,6 +132,7 @@ def _prepare(config: Config, cases: list[EditCase], warnings: list[str], store: 
         "protocol": protocol.name,
         "seed": config["seed"],
         "device": device,
+        "weights": loaded.fingerprint,
     }
     return Stream(
         editor=editor,
@@ -244,6 +245,11 @@ class Stream:
             return
         if values["cases"] != fingerprint(self.cases[: position.n]):
             raise _other_cases(self.store)
+        if values["weights"] != self.facts["weights"]:
+            raise UserError(
+                f"{self.store.path} was made with other weights (the model's files changed since); start again with "
+                "force=true, or keep it by choosing another results_dir="
+            )
         self.editor.load_state_dict(tensors)
         self.position = position
 
@@ -277,7 +283,8 @@ class Stream:
         """Save the state, unless one that is further on is stored; a slow save is repeated less often."""
         seconds = Stopwatch()
         if self.position.n > self._saved_n:
-            self.store.save_state(self.editor.state_dict(), self.position.to_json(self.cases))
+            progress = {**self.position.to_json(self.cases), "weights": self.facts["weights"]}
+            self.store.save_state(self.editor.state_dict(), progress)
             self._saved_n = self.position.n
         self._next_save = time.monotonic() + self.save_every + 10 * seconds.elapsed()
 

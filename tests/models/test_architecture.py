@@ -238,8 +238,7 @@ def test_rotary_settings_reach_the_model() -> None:
         ),
         pytest.param(
             {"model_type": "llama", "xyzzy": 8},
-            "model.architecture.xyzzy: 'llama' has no such argument; config.json on the model's hub page has "
-            "the names",
+            "model.architecture.xyzzy: 'llama' has no such argument; config.json on the model's hub page has the names",
             id="argument like no other",
         ),
         pytest.param(

@@ -1,25 +1,23 @@
 """`python -m horen_bench.datasets fetch|inspect|list`: get published files, and see what they are made of."""
 
 import argparse
-import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from hydra import compose, initialize_config_dir
-from hydra.errors import HydraException, MissingConfigException
+from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.table import Table
 
 from horen_bench.cases import EditCase
+from horen_bench.configuration import build, composed, plain_words
 from horen_bench.datasets.audit import composition, touched_probes
-from horen_bench.datasets.base import build_dataset
+from horen_bench.datasets.base import Dataset
 from horen_bench.datasets.sources import fetch, manifest
 from horen_bench.errors import UserError
-from horen_bench.resources import resource
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -92,12 +90,11 @@ def _inspect(options: argparse.Namespace, console: Console) -> None:
     if options.model:
         overrides.append(f"model={options.model}")
     try:
-        with initialize_config_dir(str(resource("conf")), version_base="1.3"):
-            config = compose("config", overrides)
+        config = composed(overrides)
         values: Any = OmegaConf.to_container(config.dataset, resolve=True)
     except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(_sentence(error)) from error
-    dataset = build_dataset(values)
+        raise UserError(plain_words(error)) from error
+    dataset: Dataset = build(values, "dataset")
     cases = dataset.cases(options.n)
     _print_composition(cases, console)
     if options.model:
@@ -106,16 +103,6 @@ def _inspect(options: argparse.Namespace, console: Console) -> None:
         console.print(f"note: {warning}", highlight=False, markup=False)
     for case in cases[: options.show]:
         console.print(case)
-
-
-def _sentence(error: Exception) -> str:
-    """Hydra's message in one line that says what to write."""
-    text = " ".join(str(error).split())
-    if isinstance(error, MissingConfigException) and error.options:
-        group, _, choice = str(error.missing_cfg_file).rpartition("/")
-        return f"{group}={choice}: there is no such {group}; write one of {', '.join(error.options)}"
-    unknown = re.match(r"Could not override '([^']+)'", text)
-    return f"{unknown[1]}: there is no such setting; the files in conf/ have them all" if unknown else text
 
 
 def _print_composition(cases: Sequence[EditCase], console: Console) -> None:

@@ -3,39 +3,17 @@
 import gc
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
-
-from hydra.errors import InstantiationException
-from hydra.utils import instantiate
 
 from horen_bench.cases import EditCase
 from horen_bench.datasets.records import Record, read_records
 from horen_bench.errors import UserError
 
 Conflicts = Literal["keep", "drop_earlier", "drop_later"]
-
-
-def build_dataset(config: Mapping[str, Any]) -> "Dataset":
-    """The dataset that the `dataset` part of a configuration describes.
-
-    Args:
-        config: plain values.
-
-    Raises:
-        UserError: the dataset refuses its settings.
-    """
-    try:
-        dataset: Dataset = instantiate({key: value for key, value in config.items() if key not in ("name", "label")})
-    except InstantiationException as error:
-        if isinstance(error.__cause__, UserError):
-            raise error.__cause__ from error
-        reason = " ".join(str(error.__cause__ or error).split())
-        raise UserError(f"dataset={config['name']} cannot be built: {reason}") from error
-    return dataset
 
 
 class Dataset(ABC):

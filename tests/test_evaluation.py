@@ -1,0 +1,350 @@
+"""How a model is questioned, on models whose every next token is set by hand and on the reference model."""
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from horen_bench.cases import EditCase, Probe
+from horen_bench.errors import UserError
+from horen_bench.evaluation import (
+    Answer,
+    Examiner,
+    Mode,
+    Protocol,
+    Question,
+    greedy_decode,
+    protocol_of,
+    questions_about,
+)
+from horen_bench.prompts import prompt_mask
+
+VOCABULARY, EOS = 600, 0
+MODES: tuple[Mode, ...] = ("generate", "teacher_forced")
+GREEDY = Protocol("greedy", "generate")
+RELEASE = protocol_of("release", "generate")
+FORCED = Protocol("teacher_forced", "teacher_forced")
+
+
+def bigram(likely: Mapping[int, Mapping[int, float]]) -> PreTrainedModel:
+    """A Llama whose next-token logits depend on the current token alone: `likely[token][next]`, else 0.
+
+    Every weight is zero but the embedding (the identity) and the output matrix, so a token without an
+    entry is followed by id 0, which is EOS.
+    """
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=VOCABULARY,
+        intermediate_size=2,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        head_dim=2,
+        max_position_embeddings=64,
+        bos_token_id=1,
+        eos_token_id=EOS,
+        pad_token_id=EOS,
+    )
+    model: PreTrainedModel = LlamaForCausalLM(config)
+    model.requires_grad_(False).eval()
+    for weight in model.parameters():
+        weight.zero_()
+    model.get_parameter("model.embed_tokens.weight").copy_(torch.eye(VOCABULARY))
+    model.get_parameter("model.norm.weight").fill_(1)
+    for token, successors in likely.items():
+        for successor, logit in successors.items():
+            model.get_parameter("lm_head.weight")[successor, token] = logit
+    return model
+
+
+def saying(tokenizer: PreTrainedTokenizerBase, replies: Mapping[str, list[int]]) -> PreTrainedModel:
+    """A bigram model that continues each prompt with the given ids, and then with EOS."""
+    likely: dict[int, dict[int, float]] = {}
+    for prompt, ids in replies.items():
+        chain = [tokenizer(prompt)["input_ids"][-1], *ids]
+        for current, following in zip(chain, [*chain[1:], EOS], strict=True):
+            assert likely.setdefault(current, {following: 1.0}) == {following: 1.0}, "replies contradict each other"
+    return bigram(likely)
+
+
+def asked(prompt: str, answer: str, family: str = "rel") -> Question:
+    return Question(0, family, "base" if family == "loc" else "answer", prompt, answer)
+
+
+def one_answer(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, protocol: Protocol, question: Question
+) -> tuple[Answer, float]:
+    examiner = Examiner(model, tokenizer, protocol)
+    answer = examiner.ask([question])[0]
+    return answer, examiner.score(question, answer, answer)
+
+
+# --- What is asked -----------------------------------------------------------------------------------------
+
+CASES = [
+    EditCase(
+        "a",
+        "P1",
+        "T1",
+        paraphrases=("Q1", " ", "Q2"),
+        locality=(Probe("L1", "x"), Probe("L2", "")),
+        hard_locality={"same_subject": (Probe("H1", "y"),)},
+        extras={"mhop": (Probe("M1", "z"), Probe("", "z"))},
+    ),
+    EditCase("b", "P2", "T2", extras={"personas": (Probe("X2", "w"),)}),
+]
+
+
+def test_every_probe_becomes_a_question_of_its_family_and_empty_ones_are_left_out() -> None:
+    assert [(q.case, q.family, q.reference, q.prompt, q.answer) for q in questions_about(CASES)] == [
+        (0, "rel", "answer", "P1", "T1"),
+        (0, "gen", "answer", "Q1", "T1"),
+        (0, "gen", "answer", "Q2", "T1"),
+        (0, "loc", "base", "L1", "x"),
+        (0, "same_subject", "base", "H1", "y"),
+        (0, "mhop", "answer", "M1", "z"),
+        (1, "rel", "answer", "P2", "T2"),
+        (1, "personas", "answer", "X2", "w"),
+    ]
+
+
+def test_a_question_is_known_by_its_texts_alone() -> None:
+    key = Question(0, "rel", "answer", "ab", "c").key
+    assert Question(7, "loc", "base", "ab", "c").key == key
+    assert Question(0, "rel", "answer", "a", "bc").key != key
+
+
+@pytest.mark.parametrize(
+    ("name", "release_mode", "expected"),
+    [
+        ("greedy", "teacher_forced", ("generate", "positionwise", "generated", False)),
+        ("greedy", "generate", ("generate", "positionwise", "generated", False)),
+        ("teacher_forced", "generate", ("teacher_forced", "positionwise", "generated", False)),
+        ("release", "generate", ("generate", "all_or_nothing", "tail", True)),
+        ("release", "teacher_forced", ("teacher_forced", "positionwise", "generated", False)),
+    ],
+)
+def test_only_the_release_protocol_looks_at_the_method(
+    name: str, release_mode: Mode, expected: tuple[str, str, str, bool]
+) -> None:
+    protocol = protocol_of(name, release_mode)
+    found = (protocol.mode, protocol.lengths, protocol.locality_window, protocol.checkpoint_settings)
+    assert found == expected
+    assert protocol.name == name
+
+
+def test_base_answers_of_the_releases_two_modes_are_kept_apart() -> None:
+    names = {protocol_of(name, mode).cache_name for name in ("greedy", "release") for mode in MODES}
+    assert names == {"greedy-generate", "release-generate", "release-teacher_forced"}
+
+
+def test_an_unknown_protocol_is_told_the_known_ones() -> None:
+    with pytest.raises(UserError) as caught:
+        protocol_of("generate", "generate")
+    assert str(caught.value) == "protocol=generate is unknown; write one of greedy, teacher_forced, release"
+
+
+# --- Greedy decoding ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 20])
+def test_decoding_equals_generate_one_prompt_at_a_time(golden_model: PreTrainedModel, batch_size: int) -> None:
+    """Neither padding nor company nor the cache changes a token; EOS does not stop."""
+    generator = torch.Generator().manual_seed(0)
+    prompts = [
+        [1, *torch.randint(2, 600, (int(n),), generator=generator).tolist()]
+        for n in torch.randint(1, 40, (20,), generator=generator)
+    ]
+    wanted = [1 + i % 7 for i in range(20)]
+    golden_model.generation_config.eos_token_id = None
+    expected = [
+        cast(Any, golden_model).generate(torch.tensor([ids]), max_new_tokens=n, do_sample=False)[0, len(ids) :].tolist()
+        for ids, n in zip(prompts, wanted, strict=True)
+    ]
+    with torch.no_grad():
+        found = [
+            row
+            for start in range(0, 20, batch_size)
+            for row in greedy_decode(
+                golden_model, prompts[start : start + batch_size], wanted[start : start + batch_size], pad_id=EOS
+            )
+        ]
+    assert found == expected
+    assert len({tuple(row) for row in found}) > 10
+
+
+def test_decoding_goes_on_past_eos_for_as_many_tokens_as_wanted() -> None:
+    model = bigram({5: {EOS: 1.0}, EOS: {7: 1.0}, 7: {8: 1.0}, 8: {EOS: 1.0}})
+    assert greedy_decode(model, [[1, 5], [1, 9, 9, 7]], [4, 2], pad_id=EOS) == [[EOS, 7, 8, EOS], [8, EOS]]
+
+
+def test_answers_come_in_the_order_of_the_questions_whatever_the_batches(
+    golden_model: PreTrainedModel, golden_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    questions = [
+        asked("Who founded Brightwater" + " by the river" * (i % 4) + "?" * (i % 3), "Lucan Vey") for i in range(11)
+    ]
+    questions += [asked("The bridge", "of the fair in Grenholm", "loc"), asked("The", "1927")]
+    for protocol in (GREEDY, RELEASE, FORCED):
+        alone = [Examiner(golden_model, golden_tokenizer, protocol).ask([question])[0] for question in questions]
+        for batch_size in (1, 4, 64):
+            counts: list[int] = []
+            examiner = Examiner(golden_model, golden_tokenizer, protocol, batch_size)
+            assert examiner.ask(questions, counts.append) == alone
+            assert sum(counts) == len(questions)
+    assert Examiner(golden_model, golden_tokenizer, GREEDY).ask([]) == []
+
+
+# --- Scoring a generated answer ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("reply", "answer", "greedy", "release"),
+    [
+        # " the fair" is 2 tokens, "the fair" is 3 (t, he, fair): asked for 2, scored over 3.
+        ([260, 338], "the fair", 1.0, 1.0),
+        # " Norrish" is 6 tokens, "Norrish" is 5 (N, or, ri, s, h).
+        ([222, 47, 282, 274, 84, 73], "Norrish", 1.0, 1.0),
+        # EOS early: " the" -> t, he of t, he, fair.
+        ([260], "the fair", 2 / 3, 0.0),
+        # EOS at once.
+        ([], "the fair", 0.0, 0.0),
+        # Too long: cut to the 6 tokens asked for, then to the 5 scored.
+        ([222, 47, 282, 274, 84, 66], "Norrish", 0.8, 0.8),
+        # "Norrishe", said without a space: tokenised again as N, or, ri, she, so one position is missing.
+        ([47, 282, 274, 84, 73, 70], "Norrish", 0.6, 0.0),
+        # Two wrong words that happen to re-tokenise into as many tokens.
+        ([503, 404], "the fair", 0.0, 0.0),
+        # An answer with a space of its own in front is never matched, as decoded text is stripped.
+        ([222, 260, 338], " the fair", 0.0, 0.0),
+    ],
+)
+def test_decoded_text_is_stripped_and_tokenised_again_before_it_is_scored(
+    golden_tokenizer: PreTrainedTokenizerBase, reply: list[int], answer: str, greedy: float, release: float
+) -> None:
+    question = asked("Which one?", answer)
+    model = saying(golden_tokenizer, {question.prompt: reply})
+    assert one_answer(model, golden_tokenizer, GREEDY, question)[1] == pytest.approx(greedy)
+    assert one_answer(model, golden_tokenizer, RELEASE, question)[1] == pytest.approx(release)
+
+
+def test_an_answer_is_shown_as_text(golden_tokenizer: PreTrainedTokenizerBase) -> None:
+    question = asked("Which one?", "the fair")
+    examiner = Examiner(saying(golden_tokenizer, {question.prompt: [260, 338]}), golden_tokenizer, GREEDY)
+    assert examiner.text(examiner.ask([question])[0]) == "the fair"
+
+
+def test_only_the_release_protocol_decodes_under_the_checkpoints_settings(
+    golden_tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    """The prompt holds " Vey" (404); the model would say it again, unless it is penalised for that."""
+    prompt = "Lucan Vey?"
+    last = golden_tokenizer(prompt)["input_ids"][-1]
+    model = bigram({last: {404: 1.0, 338: 0.9}, 404: {260: 1.0}, 338: {260: 1.0}})
+    settings: Any = model.generation_config
+    settings.repetition_penalty = 1.5
+    settings.eos_token_id = [EOS, 260]
+    settings.do_sample, settings.temperature, settings.top_p, settings.top_k = True, 0.6, 0.9, 20
+    question = asked(prompt, "of the fair", "loc")  # 3 tokens behind a prompt, 4 alone
+    greedy = Examiner(model, golden_tokenizer, GREEDY).ask([question])[0]
+    release = Examiner(model, golden_tokenizer, RELEASE).ask([question])[0]
+    assert greedy.ids == (404, 260)  # then EOS
+    assert release.ids[-2:] == (338, 260)  # stopped by the second of its EOS ids
+
+
+# --- What locality compares --------------------------------------------------------------------------------
+
+
+def test_release_locality_looks_at_the_end_of_prompt_and_output_so_that_prompt_tokens_leak_in(
+    golden_tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    """Two models that agree on nothing they say: 0, but 2/3 in the release's window of |"the fair"| = 3."""
+    question = asked("nq question: where is the museum of clocks", "the fair", "loc")
+    prompt = golden_tokenizer(question.prompt)["input_ids"]
+    base = saying(golden_tokenizer, {question.prompt: []})  # EOS at once
+    edited = saying(golden_tokenizer, {question.prompt: [338]})
+
+    silent = one_answer(base, golden_tokenizer, RELEASE, question)[0]
+    assert silent.ids == (*prompt[-2:], EOS)
+    examiner = Examiner(edited, golden_tokenizer, RELEASE)
+    spoken = examiner.ask([question])[0]
+    assert spoken.ids == (prompt[-1], 338, EOS)
+    assert examiner.score(question, spoken, silent) == pytest.approx(1 / 3)
+
+    silent = one_answer(base, golden_tokenizer, GREEDY, question)[0]
+    assert silent.ids == ()
+    examiner = Examiner(edited, golden_tokenizer, GREEDY)
+    spoken = examiner.ask([question])[0]
+    assert spoken.ids == (338,)
+    assert examiner.score(question, spoken, silent) == 0.0
+    assert examiner.score(question, silent, silent) == 1.0  # both say nothing
+
+
+def test_locality_compares_with_the_base_answer_and_never_with_the_given_one(
+    golden_tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    question = asked("Which one?", "the fair", "loc")
+    answer, score = one_answer(saying(golden_tokenizer, {"Which one?": [503, 404]}), golden_tokenizer, GREEDY, question)
+    assert answer.ids == (503, 404)
+    assert score == 1.0
+
+
+# --- Teacher forcing ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("answer", "likely", "predicted", "score"),
+    [
+        ("the fair", {32: 260, 260: 338}, (260, 338), 1.0),
+        ("the fair", {32: 503, 260: 338}, (503, 338), 0.5),  # right after a wrong token, as the answer is given
+        ("the fair", {32: 260, 260: EOS}, (260, EOS), 0.5),
+        ("Norrish", {32: 222, 222: 47, 47: 282, 282: 274, 274: 84, 84: 66}, (222, 47, 282, 274, 84, 66), 5 / 6),
+    ],
+)
+def test_teacher_forcing_reads_the_argmax_in_front_of_each_token_of_the_answer(
+    golden_tokenizer: PreTrainedTokenizerBase,
+    answer: str,
+    likely: dict[int, int],
+    predicted: tuple[int, ...],
+    score: float,
+) -> None:
+    """Id 32 is "?", the last token of the prompt; a longer neighbour pads the row on the left."""
+    model = bigram({token: {following: 1.0} for token, following in likely.items()})
+    question = asked("Which one?", answer)
+    examiner = Examiner(model, golden_tokenizer, FORCED)
+    for company in ([], [asked("nq question: who built the old tower of Grenholm", "the guild of masons")]):
+        found = examiner.ask([question, *company])[0]
+        assert found == Answer(predicted, predicted)
+        assert examiner.score(question, found, found) == pytest.approx(score)
+
+
+def test_the_prompt_is_announced_without_padding_and_without_the_answer(
+    golden_tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def look(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
+        ids, mask = args
+        seen.append((ids, prompt_mask((ids.shape[0], ids.shape[1]), mask, ids.device)))
+
+    model = bigram({})
+    model.register_forward_pre_hook(look, with_kwargs=True)
+    questions = [asked("Who?", "the fair"), asked("nq question: who built the old tower", "Norrish")]
+    Examiner(model, golden_tokenizer, FORCED).ask(questions)
+    ids, mask = seen[0]
+    for row, question in enumerate(questions):
+        assert ids[row][mask[row]].tolist() == golden_tokenizer(question.prompt)["input_ids"]
+
+
+def test_asking_leaves_no_gradient_and_no_random_draw_behind(
+    golden_model: PreTrainedModel, golden_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    golden_model.requires_grad_(True)
+    state = torch.get_rng_state()
+    for protocol in (GREEDY, RELEASE, FORCED):
+        Examiner(golden_model, golden_tokenizer, protocol).ask([asked("Who founded Brightwater?", "Lucan Vey")])
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(weight.grad is None for weight in golden_model.parameters())
