@@ -55,7 +55,7 @@ def known(group: str) -> str:
 
 
 REFUSED = [
-    (["nn=5"], "nn: there is no such setting; did you mean n?"),
+    (["nn=5"], "nn: there is no such setting; python -m horen_bench --help lists them all"),
     (["method.treshold=0.7"], "method.treshold: there is no such setting; did you mean method.threshold?"),
     (["checkpoint=[5]"], "checkpoint: there is no such setting; did you mean checkpoints?"),
     (["zzzzzz=5"], "zzzzzz: there is no such setting; python -m horen_bench --help lists them all"),
