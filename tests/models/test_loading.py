@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from horen_bench.errors import UserError
@@ -52,6 +53,10 @@ def test_the_fingerprint_stays_with_the_files_and_changes_with_weights_and_dtype
     assert fingerprint("bfloat16") != first
     weights = folder / "model.safetensors"
     os.utime(weights, ns=(0, weights.stat().st_mtime_ns + 1))
+    assert fingerprint() == first, "a copy of the same files is the same model"
+    tensors = load_file(weights)
+    tensors["model.norm.weight"][0] += 1
+    save_file(tensors, weights, metadata={"format": "pt"})
     assert fingerprint() != first
 
 
