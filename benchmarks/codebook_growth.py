@@ -60,7 +60,7 @@ def main() -> None:
         fill(editor, size)
         queries = editor.queries([(1, 2, 3)] * 256)
         keys = editor.codebook.keys
-        block = min(256, editor._block_size())
+        block = min(256, editor.block_size())
         product = seconds_of(lambda: queries[:block] @ keys.T, 5) / block  # noqa: B023 - called at once
         single = seconds_of(lambda: editor.match(queries[:1]), 5)  # noqa: B023
         batch = seconds_of(lambda: editor.match(queries[:block]), 3) / block  # noqa: B023

@@ -178,7 +178,7 @@ def test_no_score_matrix_outgrows_the_block(
     assert len(editor.codebook) > 100
     prompts = [f"Who wrote book number {i}?" for i in range(0, 200, 17)]
     expected = editor.routes(prompts)
-    monkeypatch.setattr("horen_bench.editors.horen._MOST_SCORES", 2 * len(editor.codebook))
+    monkeypatch.setattr("horen_bench.editors.memory.editor._MOST_SCORES", 2 * len(editor.codebook))
     seen: list[int] = []
     match = editor.match
 

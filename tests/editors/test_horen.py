@@ -414,7 +414,7 @@ def test_a_loss_that_is_not_finite_is_reported_and_the_stream_goes_on(
 ) -> None:
     calls = iter(range(100))
     monkeypatch.setattr(
-        "horen_bench.editors.horen.edit_loss",
+        "horen_bench.editors.memory.editor.edit_loss",
         lambda *args: edit_loss(*args) * (math.nan if next(calls) == 2 else 1.0),
     )
     first, second = build().edit(CASES[:2])

@@ -105,8 +105,8 @@ def run(request: pytest.FixtureRequest) -> Iterator[Run]:
 
     records, before, written = [], [], []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("horen_bench.editors.horen.train_value", noting_losses)
-        patch.setattr("horen_bench.editors.horen.train_values", noting_losses_of_many)
+        patch.setattr("horen_bench.editors.memory.editor.train_value", noting_losses)
+        patch.setattr("horen_bench.editors.memory.editor.train_values", noting_losses_of_many)
         patch.setattr(editor, "_initial_value", lambda i: initial_value(recorded, i))
         for i, item in enumerate(stream):
             before.append(editor.codebook.keys.clone())
