@@ -19,6 +19,7 @@ from horen_bench.evaluation import (
     greedy_decode,
     protocol_of,
     questions_about,
+    sample,
 )
 from horen_bench.prompts import prompt_mask
 
@@ -348,3 +349,16 @@ def test_asking_leaves_no_gradient_and_no_random_draw_behind(
         Examiner(golden_model, golden_tokenizer, protocol).ask([asked("Who founded Brightwater?", "Lucan Vey")])
     assert torch.equal(torch.get_rng_state(), state)
     assert all(weight.grad is None for weight in golden_model.parameters())
+
+
+def test_a_sample_is_fixed_of_its_size_and_grows_out_of_the_smaller_checkpoints() -> None:
+    assert sample(5, None, seed=1) == [0, 1, 2, 3, 4]
+    assert sample(5, 5, seed=1) == [0, 1, 2, 3, 4]
+    first, later = sample(100, 20, seed=1), sample(1000, 20, seed=1)
+    assert len(set(first)) == len(set(later)) == 20
+    assert first == sorted(first)
+    assert max(first) < 100 <= max(later)
+    # A case of the first checkpoint leaves the sample only for one of lower rank, so those that stay are ranked lowest.
+    assert set(later) & set(range(100)) <= set(first)
+    assert sample(100, 20, seed=1) == first
+    assert sample(100, 20, seed=2) != first

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
@@ -63,6 +64,8 @@ class Protocol:
         return f"{self.name}-{self.mode}"
 
 
+_SAMPLING = 1  # keeps the draw of cases apart from other uses of the seed
+
 PROTOCOL_NAMES = ("greedy", "teacher_forced", "release")
 
 
@@ -105,9 +108,27 @@ class Question:
         return hashlib.sha256(f"{self.prompt}\0{self.answer}".encode()).hexdigest()
 
 
-def questions_about(cases: Sequence[EditCase]) -> list[Question]:
-    """Every question that the cases ask, in case order, without probes of empty prompt or answer."""
-    return [question for i, case in enumerate(cases) for question in _questions_of(i, case) if _askable(question)]
+def questions_about(cases: Sequence[EditCase], positions: Iterable[int] | None = None) -> list[Question]:
+    """Every question that the cases ask, in case order, without probes of empty prompt or answer.
+
+    Args:
+        cases: the stream.
+        positions: ask about these cases only, ascending; None: about all.
+    """
+    chosen = range(len(cases)) if positions is None else positions
+    return [question for i in chosen for question in _questions_of(i, cases[i]) if _askable(question)]
+
+
+def sample(n: int, at_most: int | None, seed: int) -> list[int]:
+    """Positions of the cases that are questioned at checkpoint `n`: all, or a random sample of a fixed size.
+
+    Each case gets its rank once, so the samples of a run's checkpoints overlap as much as they can, and do not depend
+    on how far the stream goes.
+    """
+    if at_most is None or n <= at_most:
+        return list(range(n))
+    ranks = np.random.default_rng([seed, _SAMPLING]).random(n)
+    return sorted(np.argpartition(ranks, at_most)[:at_most].tolist())
 
 
 def _askable(question: Question) -> bool:

@@ -36,23 +36,33 @@ def asked_table(
     )
 
 
-def per_case(cases: Sequence[EditCase], records: Sequence[EditRecord], asked: pd.DataFrame) -> pd.DataFrame:
+def per_case(
+    positions: Sequence[int], cases: Sequence[EditCase], records: Sequence[EditRecord], asked: pd.DataFrame
+) -> pd.DataFrame:
     """One row per case: what was written and how, and for each family of questions score and answers.
 
     A family's `<family>` and `<family>_base` are means over the case's questions, NaN where it has none;
     `<family>_answers`, `_entries`, `_route_scores`, `_matched` are lists over them.
+
+    Args:
+        positions: the questioned cases, as positions in the stream.
+        cases: all cases up to the checkpoint, whose number is in every row (`n`).
+        records: what happened to each of them.
+        asked: what `asked_table` gives.
     """
     table = pd.DataFrame(
         {
             "n": len(cases),
-            "case_id": case.id,
-            "prompt": case.prompt,
-            "target": case.target,
-            **{f"edit_{key}": value for key, value in asdict(replace(record, route=None)).items()},
-            "edit_route_score": record.route.score if record.route else None,
+            "position": i,
+            "case_id": cases[i].id,
+            "prompt": cases[i].prompt,
+            "target": cases[i].target,
+            **{f"edit_{key}": value for key, value in asdict(replace(records[i], route=None)).items()},
+            "edit_route_score": route.score if (route := records[i].route) else None,
         }
-        for case, record in zip(cases, records, strict=True)
+        for i in positions
     ).drop(columns=["edit_case_id", "edit_route"])
+    table.index = pd.Index(positions)
     names = {"answer": "answers", "entry": "entries", "route_score": "route_scores", "matched": "matched"}
     for family, group in asked.groupby("family", sort=False):
         by_case = group.groupby("case")
@@ -60,7 +70,7 @@ def per_case(cases: Sequence[EditCase], records: Sequence[EditRecord], asked: pd
         table[f"{family}_base"] = by_case["base_score"].mean().reindex(table.index)
         for column, name in names.items():
             table[f"{family}_{name}"] = by_case[column].agg(list).reindex(table.index)
-    return table
+    return table.reset_index(drop=True)
 
 
 def summary(cases: pd.DataFrame, families: Sequence[str], seed: int) -> dict[str, float]:

@@ -53,8 +53,9 @@ def check(config: Config) -> None:
     for checkpoint in checkpoints:
         _check_count("checkpoints", checkpoint)
     _check_count("batch_size", config["batch_size"])
-    if config["threads"] is not None:
-        _check_count("threads", config["threads"])
+    for optional in ("threads", "eval_cases"):
+        if config[optional] is not None:
+            _check_count(optional, config[optional])
     if not _is_whole(config["seed"]) or config["seed"] < 0:
         raise UserError(f"seed must be a whole number of at least 0, got {config['seed']!r}")
     if not (_is_whole(config["save_every"]) or isinstance(config["save_every"], float)):

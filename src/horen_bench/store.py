@@ -34,7 +34,7 @@ from torch import Tensor
 from horen_bench.errors import UserError
 
 # Two processes that agree on these go on with one run; n, paths, device and the like may differ.
-_LASTING = ("method", "protocol", "locality", "seed")
+_LASTING = ("method", "protocol", "locality", "eval_cases", "seed")
 # The rest of a model's file reaches a run only through what the method interpolates from it.
 _LASTING_OF_MODEL = ("name", "hub_id", "revision", "dtype")
 # Where a data file lies says nothing; what it holds is compared by the hash of the cases in each row.

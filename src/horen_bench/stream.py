@@ -27,7 +27,7 @@ from horen_bench.datasets.audit import touched_probes
 from horen_bench.datasets.base import Dataset
 from horen_bench.editors.base import Editor, EditRecord, Route
 from horen_bench.errors import UserError
-from horen_bench.evaluation import Answer, Examiner, Question, protocol_of, questions_about
+from horen_bench.evaluation import Answer, Examiner, Question, protocol_of, questions_about, sample
 from horen_bench.measurement import Stopwatch, environment, peak_memory
 from horen_bench.models.loading import default_device, load_model
 from horen_bench.rows import asked_table, per_case, summary
@@ -69,7 +69,9 @@ def run(config: Config, console: Console) -> RunResult:
         problem = None
         if missing:
             tracker: Tracker = build(config["tracker"], "tracker")
-            stream = _prepare(config, cases, dataset.warnings(), store, console)
+            stream = _prepare(
+                config, cases, checkpoints=missing, warnings=dataset.warnings(), store=store, console=console
+            )
             stream.take_up(before=missing[0])
             problem = _tracked(stream, missing, tracker, config)
         rows = store.checkpoints()
@@ -103,7 +105,15 @@ def _other_cases(store: RunStore) -> UserError:
     )
 
 
-def _prepare(config: Config, cases: list[EditCase], warnings: list[str], store: RunStore, console: Console) -> "Stream":
+def _prepare(
+    config: Config,
+    cases: list[EditCase],
+    *,
+    checkpoints: Sequence[int],
+    warnings: list[str],
+    store: RunStore,
+    console: Console,
+) -> "Stream":
     """Load the model, ask it everything while it is unedited, put the editor on."""
     device = config["device"] or default_device()
     if config["threads"]:
@@ -121,7 +131,8 @@ def _prepare(config: Config, cases: list[EditCase], warnings: list[str], store: 
     store.describe(OmegaConf.to_yaml(OmegaConf.create(dict(config))), environment(device), stream_ids(cases))
     protocol = protocol_of(config["protocol"], editor_class(config).release_mode)
     examiner = Examiner(loaded.model, loaded.tokenizer, protocol, config["batch_size"])
-    questions = questions_about(cases)
+    asked = {i for n in checkpoints for i in sample(n, config["eval_cases"], config["seed"])}
+    questions = questions_about(cases, sorted(asked))
     cache = Path(config["results_dir"]) / "base_answers" / f"{loaded.fingerprint}-{protocol.cache_name}.json"
     with _progress(console) as progress:
         base = _base_answers(cache, examiner, questions, progress)
@@ -144,6 +155,7 @@ def _prepare(config: Config, cases: list[EditCase], warnings: list[str], store: 
         facts=facts,
         warnings=warnings,
         clean_locality=config["locality"] == "clean",
+        eval_cases=config["eval_cases"],
         save_every=config["save_every"],
         console=console,
     )
@@ -209,6 +221,7 @@ class Stream:
         facts: columns that are the same in every row.
         warnings: what the dataset has to say to whoever reads the rows.
         clean_locality: leave out locality probes that another edit of the prefix touches.
+        eval_cases: question at most so many cases per checkpoint; None: all.
         save_every: seconds between saves of the state.
         console: where progress is shown.
     """
@@ -222,6 +235,7 @@ class Stream:
     facts: dict[str, Any]
     warnings: list[str]
     clean_locality: bool
+    eval_cases: int | None
     save_every: float
     console: Console
     position: Position = field(default_factory=Position)
@@ -292,7 +306,9 @@ class Stream:
         """Question the model about the first `n` cases and store what comes out."""
         touched = {(one.case, one.probe.prompt) for one in touched_probes(self.cases[:n])}
         left_out = touched if self.clean_locality else set()
-        chosen = [i for i, q in enumerate(self.questions) if q.case < n and not _is_locality_of(q, left_out)]
+        positions = sample(n, self.eval_cases, self.facts["seed"])
+        among = set(positions)
+        chosen = [i for i, q in enumerate(self.questions) if q.case in among and not _is_locality_of(q, left_out)]
         questions = [self.questions[i] for i in chosen]
         task = progress.add_task(f"asking at N={n}", total=len(questions), unit="questions")
         seconds = Stopwatch()
@@ -301,12 +317,12 @@ class Stream:
         eval_seconds = seconds.elapsed()
         asked = asked_table(self.examiner, questions, answers, [self.base[i] for i in chosen], routes)
         records = self.position.records[:n]
-        cases = per_case(self.cases[:n], records, asked)
+        cases = per_case(positions, self.cases[:n], records, asked)
         row = {
             "n": n,
             **self.facts,
             "cases": fingerprint(self.cases[:n]),
-            "items": n,
+            "items": len(positions),
             **summary(cases, list(asked["family"].unique()), self.facts["seed"]),
             "loc_touched": len(touched),
             "failed_edits": sum(record.action == "failed" for record in records),

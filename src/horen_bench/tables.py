@@ -47,9 +47,11 @@ def notes(rows: pd.DataFrame) -> list[str]:
     found: list[str] = []
     for _, row in rows.iterrows():
         for name in score_columns(rows):
-            items = row.get(f"{name}_items", row["n"])
-            if items < row["n"]:
-                found.append(f"N={row['n']}: {name} covers {int(items)} of {row['n']} cases")
+            items = row.get(f"{name}_items", row["items"])
+            if items < row["items"]:
+                found.append(f"N={row['n']}: {name} covers {int(items)} of {row['items']} cases")
+        if row["items"] < row["n"]:
+            found.append(f"N={row['n']}: {row['items']} cases were questioned, a fixed random sample")
         if row["failed_edits"]:
             found.append(f"N={row['n']}: {row['failed_edits']} edits failed; see edit_problem in cases.parquet")
     return [*found, *_unique(rows["warnings"].dropna().tolist())]

@@ -18,10 +18,13 @@ class Codebook:
         key_size: `m`, size of a key.
         value_shapes: shape of each tensor that makes up a value, by name.
         device: where keys and values live.
+        dtype: of the keys; values are float32.
     """
 
-    def __init__(self, key_size: int, value_shapes: Mapping[str, tuple[int, ...]], device: torch.device) -> None:
-        self._keys = torch.empty((_FIRST_CAPACITY, key_size), device=device)
+    def __init__(
+        self, key_size: int, value_shapes: Mapping[str, tuple[int, ...]], device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self._keys = torch.empty((_FIRST_CAPACITY, key_size), device=device, dtype=dtype)
         self._values = {
             name: torch.empty((_FIRST_CAPACITY, *shape), device=device) for name, shape in value_shapes.items()
         }
@@ -34,7 +37,7 @@ class Codebook:
 
     @property
     def keys(self) -> Tensor:
-        """All keys, float32 `(C, m)`; a view."""
+        """All keys, `(C, m)`; a view."""
         return self._keys[: len(self)]
 
     @property

@@ -130,7 +130,9 @@ class CodebookEditor(Editor):
         self._linear = linear
         self._upper: UpperLayers | None = None
         self._no_upper: str | None = None
-        self.codebook = Codebook(linear.in_features, self.adaptor.shapes, linear.weight.device)
+        # Keys are means of the model's activations, so its own dtype holds them at half the memory of float32.
+        weight = linear.weight
+        self.codebook = Codebook(linear.in_features, self.adaptor.shapes, weight.device, weight.dtype)
         self.hook = PromptHook(model, linear, self._respond)
 
     # --- What a method adds ----------------------------------------------------------------------------
@@ -175,7 +177,7 @@ class CodebookEditor(Editor):
                 batch = pad(rows, pad_id_of(self.tokenizer), device=self.model.device)
                 with suppress(_QueriesRead):
                     self.model(batch.input_ids, batch.attention_mask, position_ids=batch.position_ids, use_cache=False)
-        return torch.cat(found) if found else self.codebook.keys[:0]
+        return torch.cat(found) if found else self.codebook.keys[:0].float()
 
     # --- Routing ---------------------------------------------------------------------------------------
 

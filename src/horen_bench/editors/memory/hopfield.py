@@ -1,11 +1,14 @@
 """Damped Hopfield retrieval (paper Eqs. 2-3) and the energy of its undamped form (Appendix D).
 
-Shapes: `q` queries `(B, m)`, `keys` `(C, m)`, both float.
+Shapes: `q` queries `(B, m)`, `keys` `(C, m)`, both float. Keys of a narrower dtype than the queries are widened chunk
+by chunk, so that scores are computed in the queries' dtype without a second copy of the codebook.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+_CHUNK = 8192  # keys widened at once
 
 
 def hopfield_map(q: Tensor, keys: Tensor, beta: float, hidden: Tensor | None = None) -> Tensor:
@@ -17,12 +20,19 @@ def hopfield_map(q: Tensor, keys: Tensor, beta: float, hidden: Tensor | None = N
         beta: inverse temperature.
         hidden: bool `(B, C)`, true where a query does not see a key.
     """
-    return torch.softmax(beta * similarities(q, keys, hidden), dim=-1) @ keys
+    weights = torch.softmax(beta * similarities(q, keys, hidden), dim=-1)
+    if keys.dtype == q.dtype:
+        return weights @ keys
+    chunks = zip(torch.split(weights, _CHUNK, dim=1), torch.split(keys, _CHUNK), strict=True)
+    return torch.stack([part @ chunk.to(q.dtype) for part, chunk in chunks]).sum(dim=0)
 
 
 def similarities(q: Tensor, keys: Tensor, hidden: Tensor | None = None) -> Tensor:
     """Inner products `(B, C)`; minus infinity where a query does not see a key."""
-    products = q @ keys.T
+    if keys.dtype == q.dtype:
+        products = q @ keys.T
+    else:
+        products = torch.cat([q @ chunk.to(q.dtype).T for chunk in torch.split(keys, _CHUNK)], dim=1)
     return products if hidden is None else products.masked_fill_(hidden, -torch.inf)
 
 
