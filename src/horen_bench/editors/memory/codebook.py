@@ -22,7 +22,11 @@ class Codebook:
     """
 
     def __init__(
-        self, key_size: int, value_shapes: Mapping[str, tuple[int, ...]], device: torch.device, dtype: torch.dtype
+        self,
+        key_size: int,
+        value_shapes: Mapping[str, tuple[int, ...]],
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         self._keys = torch.empty((_FIRST_CAPACITY, key_size), device=device, dtype=dtype)
         self._values = {
