@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup run test check format tiny clean
+.PHONY: setup run test check stress format tiny clean
 
 setup: $(READY)
 
@@ -26,6 +26,10 @@ check: setup  ## what CI runs: lint, format, types, tests
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
+
+stress: setup  ## 50,000 edits into the embedded model, questioned every 5,000 on a sample of 2,000 cases
+	$(BIN)/python -m horen_bench n=50000 eval_cases=2000 \
+		checkpoints=[5000,10000,15000,20000,25000,30000,35000,40000,45000] $(ARGS)
 
 format: setup
 	$(BIN)/ruff check --fix

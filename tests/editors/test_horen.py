@@ -129,12 +129,12 @@ def test_the_value_is_added_once_at_the_last_prompt_token(build: Build) -> None:
     assert added.abs().sum(dim=-1).nonzero().tolist() == [[0, n_prompt - 1]]
 
 
-def test_values_stay_float32_in_a_half_precision_model(golden_folder: Path, golden_tokenizer: Any) -> None:
+def test_values_stay_float32_and_keys_are_as_narrow_as_the_model(golden_folder: Path, golden_tokenizer: Any) -> None:
     model = AutoModelForCausalLM.from_pretrained(golden_folder, dtype=torch.bfloat16).requires_grad_(False)
     editor = HorenEditor(model, golden_tokenizer, **settings())
     base = logits(editor, [UNRELATED])
     editor.edit(CASES[:2])
-    assert editor.codebook.keys.dtype == torch.float32
+    assert editor.codebook.keys.dtype == torch.bfloat16
     assert editor.codebook.values["vector"].dtype == torch.float32
     assert torch.equal(logits(editor, [UNRELATED]), base)
     assert decoded(editor, [PROMPT], 2) == [f" {TARGET}"]
