@@ -2,8 +2,8 @@
 
     python benchmarks/key_dtype.py --entries 2000
 
-On the embedded model, whose own dtype is float32. Compared are the entry and the match of every edit prompt, paraphrase,
-unrelated and hard-locality question of the stream.
+On the embedded model, whose own dtype is float32. Compared are the entry and the match of every edit prompt,
+paraphrase, unrelated and hard-locality question of the stream.
 """
 
 import argparse
