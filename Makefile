@@ -27,9 +27,10 @@ check: setup  ## what CI runs: lint, format, types, tests
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
 
-stress: setup  ## 50,000 edits into the embedded model, questioned every 5,000 on a sample of 2,000 cases
-	$(BIN)/python -m horen_bench n=50000 eval_cases=2000 \
-		checkpoints=[5000,10000,15000,20000,25000,30000,35000,40000,45000] $(ARGS)
+stress: setup  ## 50,000 edits into the embedded model, questioned every 5,000 on a sample of 2,000 cases; draws the curves
+	$(BIN)/python -m horen_bench n=50000 eval_cases=2000 results_dir=results/stress \
+		checkpoints=[5000,10000,15000,20000,25000,30000,35000,40000,45000]
+	$(BIN)/python -m horen_bench.figures results/stress/runs/* --out results/figures/stress
 
 format: setup
 	$(BIN)/ruff check --fix
