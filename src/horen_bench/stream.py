@@ -60,6 +60,11 @@ def run(config: Config, console: Console) -> RunResult:
     wanted = checkpoints_of(config)
     dataset: Dataset = build(config["dataset"], "dataset")
     cases = dataset.cases(config["n"])
+    if editor_class(config).needs_subject and all(case.subject is None for case in cases):
+        raise UserError(
+            f"method={config['method']['name']} writes at the subject of each case, and dataset="
+            f"{config['dataset']['name']} has none; choose another method or a dataset with subjects"
+        )
     run_id = identity(config)
     names = [config[part]["name"] for part in ("model", "method", "dataset")]
     store = RunStore(Path(config["results_dir"]) / "runs" / "-".join([*names, run_id]))

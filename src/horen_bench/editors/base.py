@@ -19,7 +19,8 @@ class Route:
 
     Attributes:
         entry: index of the best entry, or None while the memory is empty.
-        score: its score (a cosine where keys are normalised); NaN while the memory is empty.
+        score: its score as the method has it (HoReN: inner product or cosine; GRACE: Euclidean distance); NaN while
+            the memory is empty.
         matched: whether the score passes the method's threshold, so that the entry acts.
         version: changes whenever the entry's value is written.
     """
@@ -66,11 +67,13 @@ class Editor(ABC):
     Attributes:
         model: the edited model.
         release_mode: how the published evaluation scores this method (`protocol=release`).
+        needs_subject: whether a case without a subject cannot be written.
         slice_size: how many cases the editor likes to get at once.
     """
 
     model: PreTrainedModel
     release_mode: ClassVar[Literal["generate", "teacher_forced"]] = "teacher_forced"
+    needs_subject: ClassVar[bool] = False
     slice_size: int = 1
 
     @abstractmethod

@@ -182,6 +182,17 @@ class UpperLayers:
         sums = per_token.new_zeros(len(states)).index_add(0, rows.to(per_token.device), per_token)
         return sums / wanted.sum(dim=1).to(sums.device)
 
+    def logits(self, states: UpperStates, added: Tensor, wanted: Tensor) -> Tensor:
+        """Logits `(N, V)`, float32, at the `N` positions that are wanted, row by row.
+
+        Args:
+            states: of `prepare`.
+            added: float32 `(B, d)`, what is added to the module's output at the last prompt token.
+            wanted: bool `(B, Y)`.
+        """
+        logits: Tensor = self._head(self._run(states, added)[wanted])
+        return logits.float()
+
     def _run(self, states: UpperStates, added: Tensor) -> Tensor:
         """Final hidden states `(B, Y, d)`."""
         mask = torch.cat([states.prefix_mask, states.targets != _NO_TARGET], dim=1)

@@ -48,6 +48,14 @@ class VectorAdaptor(Adaptor):
         return value["vector"]
 
 
+class ReplacingAdaptor(VectorAdaptor):
+    """A vector that takes the output's place: what it adds is what the output lacks."""
+
+    def added(self, value: Mapping[str, Tensor], outputs: Tensor) -> Tensor:
+        """The vectors less the outputs."""
+        return value["vector"] - outputs.float()
+
+
 class LoraAdaptor(Adaptor):
     """`scale * B A o` for an output `o` (Appendix H.3); A starts at 0.01 * N(0, 1), B at zero."""
 

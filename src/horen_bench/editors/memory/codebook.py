@@ -114,8 +114,7 @@ class Codebook:
 
     def _checked(self, state: Mapping[str, Tensor]) -> tuple[list[int], list[int]]:
         """Label ends and prompt lengths of a state that fits."""
-        shapes = {"keys": self._keys.shape[1:], "labels": (), "label_ends": (), "prompt_lengths": ()}
-        shapes |= {f"value.{name}": buffer.shape[1:] for name, buffer in self._values.items()}
+        shapes = self._shapes()
         for name, shape in shapes.items():
             found = tuple(state[name].shape) if name in state else None
             if found is None or found[1:] != tuple(shape):
@@ -128,9 +127,64 @@ class Codebook:
             raise ValueError("codebook state 'label_ends' does not end where 'labels' does")
         return ends, state["prompt_lengths"].tolist()
 
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of one entry's part of each tensor of a state, by name."""
+        shapes: dict[str, tuple[int, ...]] = {"keys": tuple(self._keys.shape[1:])}
+        shapes |= dict.fromkeys(("labels", "label_ends", "prompt_lengths"), ())
+        return shapes | {f"value.{name}": tuple(buffer.shape[1:]) for name, buffer in self._values.items()}
+
     def _reserve(self, capacity: int) -> None:
         self._keys = _grown(self._keys, capacity)
         self._values = {name: _grown(buffer, capacity) for name, buffer in self._values.items()}
+
+
+class BallCodebook(Codebook):
+    """A codebook whose entries are balls around their keys: each has a radius, 0 until it is set."""
+
+    def __init__(
+        self,
+        key_size: int,
+        value_shapes: Mapping[str, tuple[int, ...]],
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__(key_size, value_shapes, device, dtype)
+        self._radii = torch.zeros(_FIRST_CAPACITY, device=device)
+
+    @property
+    def radii(self) -> Tensor:
+        """All radii, float32 `(C,)`; a view."""
+        return self._radii[: len(self)]
+
+    def append(self, key: Tensor, label: tuple[int, ...], prompt_length: int) -> int:
+        """Make a new entry of radius 0, whose value is still to be set; its index."""
+        entry = super().append(key, label, prompt_length)
+        self._radii[entry] = 0
+        return entry
+
+    def relabel(self, entry: int, label: tuple[int, ...], prompt_length: int) -> None:
+        """Give an entry the target of a later edit."""
+        self.labels[entry], self.prompt_lengths[entry] = label, prompt_length
+
+    def numel(self) -> int:
+        """Numbers held in keys, values and radii."""
+        return super().numel() + len(self)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """As for `Codebook`, and the radii."""
+        return super().state_dict() | {"radii": self.radii.clone()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """As for `Codebook`, and the radii."""
+        super().load_state_dict(state)
+        self.radii[:] = state["radii"]
+
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        return super()._shapes() | {"radii": ()}
+
+    def _reserve(self, capacity: int) -> None:
+        super()._reserve(capacity)
+        self._radii = _grown(self._radii, capacity)
 
 
 def _grown(buffer: Tensor, capacity: int) -> Tensor:

@@ -57,11 +57,16 @@ class _QueriesRead(Exception):  # noqa: N818 - no error, it ends a forward pass 
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """Where an edit is written, and the routing that led there (None while the codebook was empty)."""
+    """Where an edit is written, and the routing that led there (None while the codebook was empty).
+
+    An edit that `failed` has its entry, but no query of its own reaches it: the value stays as it starts. `problem` is
+    the sentence about it.
+    """
 
     action: Action
     entry: int
     route: Route | None
+    problem: str | None = None
 
 
 class CodebookEditor(Editor):
@@ -89,6 +94,7 @@ class CodebookEditor(Editor):
     """
 
     release_mode: ClassVar[Literal["generate", "teacher_forced"]] = "generate"
+    codebook_class: ClassVar[type[Codebook]] = Codebook
 
     def __init__(
         self,
@@ -132,7 +138,7 @@ class CodebookEditor(Editor):
         self._no_upper: str | None = None
         # Keys are means of the model's activations, so its own dtype holds them at half the memory of float32.
         weight = linear.weight
-        self.codebook = Codebook(linear.in_features, self.adaptor.shapes, weight.device, weight.dtype)
+        self.codebook = self.codebook_class(linear.in_features, self.adaptor.shapes, weight.device, weight.dtype)
         self.hook = PromptHook(model, linear, self._respond)
 
     # --- What a method adds ----------------------------------------------------------------------------
@@ -162,22 +168,29 @@ class CodebookEditor(Editor):
         pooled = _suffix_mean(inputs, prompt_mask, self.pooling_ratio)
         return F.normalize(pooled, dim=-1) if self.normalize else pooled
 
-    @torch.no_grad()
     def queries(self, prompts: Sequence[Sequence[int]], batch_size: int = 64) -> Tensor:
         """Queries of tokenised prompts, `(len(prompts), m)`, read from the frozen network."""
+        found = self.read_at_prompts(prompts, lambda inputs, _, mask: self.query(inputs, mask), batch_size)
+        return torch.cat(found) if found else self.codebook.keys[:0].float()
+
+    @torch.no_grad()
+    def read_at_prompts(
+        self, prompts: Sequence[Sequence[int]], read: Callable[[Tensor, Tensor, Tensor], Tensor], batch_size: int = 64
+    ) -> list[Tensor]:
+        """What `read` makes of the hooked module's input, its own output and the prompt mask, batch by batch."""
         found: list[Tensor] = []
 
-        def read(inputs: Tensor, outputs: Tensor, prompt_mask: Tensor) -> None:
-            found.append(self.query(inputs, prompt_mask))
+        def respond(inputs: Tensor, outputs: Tensor, prompt_mask: Tensor) -> None:
+            found.append(read(inputs, outputs, prompt_mask))
             raise _QueriesRead  # the layers above have nothing to add
 
-        with self.hook.responding(read):
+        with self.hook.responding(respond):
             for start in range(0, len(prompts), batch_size):
                 rows = prompts[start : start + batch_size]
                 batch = pad(rows, pad_id_of(self.tokenizer), device=self.model.device)
                 with suppress(_QueriesRead):
                     self.model(batch.input_ids, batch.attention_mask, position_ids=batch.position_ids, use_cache=False)
-        return torch.cat(found) if found else self.codebook.keys[:0].float()
+        return found
 
     # --- Routing ---------------------------------------------------------------------------------------
 
@@ -238,10 +251,13 @@ class CodebookEditor(Editor):
         first, self.n_edits = self.n_edits, self.n_edits + len(cases)
         queries = self.queries([edits[i].prompt for i in kept])
         decisions = dict(zip(kept, self.decide([edits[i] for i in kept], queries), strict=True))
-        trained = self._train_in_waves({i: decisions[i].entry for i in kept}, edits, first)
+        lost = {i for i in kept if decisions[i].action == "failed"}
+        for i in lost:
+            self.codebook.set_value(decisions[i].entry, self._start_value(decisions[i].entry, first + i))
+        trained = self._train_in_waves({i: decisions[i].entry for i in kept if i not in lost}, edits, first)
         seconds = (time.perf_counter() - started) / max(1, len(cases))
         return [
-            _record(case, decisions[i], trained[i], seconds) if i in decisions else _not_written(case, seconds)
+            _record(case, decisions[i], trained.get(i), seconds) if i in decisions else _not_written(case, seconds)
             for i, case in enumerate(cases)
         ]
 
@@ -356,8 +372,10 @@ def _suffix_mean(inputs: Tensor, mask: Tensor, ratio: float) -> Tensor:
     return torch.einsum("bt,btm->bm", weights, inputs.float())
 
 
-def _record(case: EditCase, decision: Decision, trained: Trained, seconds: float) -> EditRecord:
-    problem = None if trained.finite else "the loss was not finite; the last finite value was kept"
+def _record(case: EditCase, decision: Decision, trained: Trained | None, seconds: float) -> EditRecord:
+    if trained is None:
+        return EditRecord(case.id, "failed", None, decision.route, math.nan, 0, seconds, decision.problem)
+    problem = decision.problem if trained.finite else "the loss was not finite; the last finite value was kept"
     loss, steps = trained.loss, trained.steps
     return EditRecord(case.id, decision.action, decision.entry, decision.route, loss, steps, seconds, problem)
 
@@ -379,10 +397,11 @@ def _label_row_mean(target: Sequence[int], prompt_length: int) -> float:
 
 
 def check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
-    """Refuse a value of `method.<name>` that is none of two.
+    """Refuse a value of `method.<name>` that is none of those allowed.
 
     Raises:
         UserError: the sentence.
     """
     if value not in allowed:
-        raise UserError(f"method.{name} must be '{allowed[0]}' or '{allowed[1]}', got '{value}'")
+        *others, last = (f"'{choice}'" for choice in allowed)
+        raise UserError(f"method.{name} must be {', '.join(others)} or {last}, got '{value}'")

@@ -1,0 +1,87 @@
+"""Milliseconds per edit of UltraEdit, and of its two forms of the closed-form solution, on the same edits in one run.
+
+    python benchmarks/ultraedit.py                                    the embedded model, one CPU thread
+    python benchmarks/ultraedit.py --model llama31_8b --device cuda   a real shape at random initialisation
+
+`plain` solves the `d_in x d_in` system of the paper, `smaller` the `N x N` one of the rows where that is smaller; both
+give the same shift. `forward and backward` is what remains without any solution: the floor of the method.
+"""
+
+import argparse
+import time
+
+import torch
+from common import cases, model_and_tokenizer, what_ran
+from omegaconf import OmegaConf
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from horen_bench.cases import EditCase
+from horen_bench.configuration import composed
+from horen_bench.editors import ultraedit
+from horen_bench.editors.ultraedit import Features, RowStatistics, Shift, UltraEditEditor
+from horen_bench.measurement import Stopwatch, peak_memory
+from horen_bench.settings import build_editor
+
+
+def plain_form(features: Features, statistics: RowStatistics, learning_rate: float) -> Shift:
+    """The shift from the system that the published code solves."""
+    inputs = features.inputs.float()
+    normalized = statistics.normalized(features.joined)
+    keys, gradients = normalized[:, : inputs.shape[1]], normalized[:, inputs.shape[1] :]
+    wanted = -learning_rate * keys.square().sum(dim=1, keepdim=True) * gradients
+    gram = inputs.T @ inputs + torch.eye(inputs.shape[1], device=inputs.device)
+    left: Tensor = torch.linalg.solve(gram, inputs.T).T
+    return Shift(left, wanted)
+
+
+def milliseconds_per_edit(editor: UltraEditEditor, edits: list[EditCase]) -> float:
+    """Wall time of `edit` after a warm-up; the weights are put back."""
+    editor.edit(edits[:4])
+    watch = Stopwatch()
+    editor.edit(edits)
+    seconds = watch.elapsed()
+    editor.detach()
+    return 1000 * seconds / len(edits)
+
+
+def milliseconds_of_features(editor: UltraEditEditor, edits: list[EditCase]) -> float:
+    """Wall time of the forward and backward passes alone."""
+    samples = [sample for sample in map(editor._sample, edits) if sample]
+    watch = Stopwatch()
+    for sample in samples:
+        editor.batch_features([sample])
+    return 1000 * watch.elapsed() / len(samples)
+
+
+def main() -> None:
+    """Measure and print one table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="tiny")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--edits", type=int, default=300)
+    parser.add_argument("--modules", type=int, help="edit only the first so many modules")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    config = OmegaConf.to_container(composed([f"model={options.model}", "method=ultraedit"]), resolve=True)
+    config["method"]["modules"] = config["method"]["modules"][: options.modules]  # type: ignore[index,call-overload]
+    pair = model_and_tokenizer(options.model, options.device)
+    editor: UltraEditEditor = build_editor(config, *pair)  # type: ignore[arg-type,assignment]
+    edits = cases(options.edits)
+    smaller = milliseconds_per_edit(editor, edits)
+    floor = milliseconds_of_features(editor, edits)
+    ultraedit.closed_form = plain_form
+    plain = milliseconds_per_edit(editor, edits)
+    table = Table("modules", "plain ms/edit", "smaller ms/edit", "ratio", "forward and backward ms", "edits/s")
+    table.title = f"{what_ran(options.model, options.device)}; {options.edits} edits, {time.strftime('%Y-%m-%d')}"
+    n = str(len(editor.pristine.weights))
+    table.add_row(
+        n, f"{plain:.1f}", f"{smaller:.2f}", f"{plain / smaller:.1f}x", f"{floor:.2f}", f"{1000 / smaller:.0f}"
+    )
+    table.caption = f"peak memory {peak_memory() / 2**20:.0f} MiB"
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,217 @@
+"""The pass with a side weight, in two ways: on the whole model, and on the layers above the module alone.
+
+Below the module nothing depends on the side weight, so its input, its own output, and the residual that its layer adds
+it to are computed once per edit, and so is what the decoder hands to each layer (mask, rotary embedding). Above,
+only the positions that predict a label matter behind the last attention.
+Shapes: `R` rows of `T` tokens; `B = R - 1` edit rows, without the columns where all of them are padding.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from horen_bench.editors.memory.prompt_hook import PromptHook
+from horen_bench.editors.wise.rows import TrainingRows
+from horen_bench.editors.wise.training import Activation, Forward, Pass, distances
+from horen_bench.models.upper import NotSupportedError, UpperLayers
+
+
+def plain_pass(
+    model: PreTrainedModel, hook: PromptHook, rows: TrainingRows, bias: Tensor | None, activation: Activation
+) -> Forward:
+    """The whole model on all rows at every step: the path that the fast one is compared with."""
+
+    def forward(weight: Tensor) -> Pass:
+        moved: list[Tensor] = []
+
+        def respond(inputs: Tensor, outputs: Tensor, _mask: Tensor) -> Tensor:
+            side = F.linear(inputs, weight, bias)
+            moved.append(distances(side, activation(outputs), activation))
+            return side
+
+        with hook.responding(respond):
+            logits = model(rows.input_ids, rows.attention_mask, use_cache=False).logits
+        return Pass(logits[:-1][rows.predicting], moved[0], logits)
+
+    return forward
+
+
+@dataclass(frozen=True, slots=True)
+class _Above:
+    """What the upper layers need of an edit beside the module's outputs.
+
+    Attributes:
+        entering: `(B, T, d)`, their input where the module gives nothing.
+        calls: keyword arguments of each layer.
+        wanted: bool `(B, T)`, the positions that count.
+        places: int64 `(n,)`, the same as indices into `B * T`.
+    """
+
+    entering: Tensor
+    calls: list[dict[str, Any]]
+    wanted: Tensor
+    places: Tensor
+
+
+class SideLayers(UpperLayers):
+    """The layers above a module, run on whole sequences of which every token has another module output.
+
+    Args:
+        model: the whole model; its modules are shared, nothing is copied.
+        module: the module whose output will be changed.
+        layer: number of the decoder layer that it is in.
+
+    Raises:
+        NotSupportedError: the model is not laid out as `decoder.layers` with a norm and a head, or a check on a short
+            batch shows that running its upper layers alone gives other hidden states.
+    """
+
+    def __init__(self, model: PreTrainedModel, module: nn.Module, layer: int) -> None:
+        super().__init__(model, module, layer)
+        self._tokenwise: list[nn.Module] = []
+        self._check_layers()
+        self._tokenwise = self._tokenwise_modules()
+
+    def side_pass(self, rows: TrainingRows, bias: Tensor | None, activation: Activation) -> Forward:
+        """The pass on `rows`; what does not depend on the side weight is computed here, once."""
+        inputs, main, entering = self._below(rows)
+        activated = activation(main)
+        padding = rows.attention_mask.shape[1] - int(rows.attention_mask[:-1].sum(dim=1).max())
+        mask, wanted = rows.attention_mask[:-1, padding:], rows.predicting[:, padding:]
+        positions = torch.arange(padding, rows.attention_mask.shape[1], device=mask.device)[None]
+        above = self._prepared(entering[:-1, padding:], mask, positions, wanted)
+
+        def forward(weight: Tensor) -> Pass:
+            side = F.linear(inputs, weight, bias)
+            hidden = self._through(above, side[:-1, padding:])
+            return Pass(self._head(hidden), distances(side, activated, activation))
+
+        return forward
+
+    @torch.no_grad()
+    def _below(self, rows: TrainingRows) -> tuple[Tensor, Tensor, Tensor]:
+        """The module's input and output, and what enters the layers above where the module gives nothing."""
+        seen: list[tuple[Tensor, Tensor]] = []
+        entering: list[Tensor] = []
+
+        def silence(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+            seen.append((args[0], output))
+            return torch.zeros_like(output) if self.module_ends_layer else None
+
+        def note(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            entering.append(args[0] if args else kwargs["hidden_states"])
+
+        with ExitStack() as hooks:
+            hooks.callback(self._module.register_forward_hook(silence).remove)
+            hooks.callback(self._boundary().register_forward_pre_hook(note, with_kwargs=True).remove)
+            self._decoder(input_ids=rows.input_ids, attention_mask=rows.attention_mask, use_cache=False)
+        return *seen[0], entering[0]
+
+    @torch.no_grad()
+    def _prepared(self, entering: Tensor, mask: Tensor, positions: Tensor, wanted: Tensor) -> _Above:
+        """Run the upper decoder once and keep what it hands to each layer."""
+        calls: list[dict[str, Any]] = []
+
+        def note(_module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            calls.append({name: value for name, value in kwargs.items() if name != "hidden_states"})
+
+        with ExitStack() as hooks:
+            for layer in self._upper_layers():
+                hooks.callback(layer.register_forward_pre_hook(note, with_kwargs=True).remove)
+            self._upper(inputs_embeds=entering, attention_mask=mask, position_ids=positions, use_cache=False)
+        return _Above(entering, calls, wanted, wanted.flatten().nonzero()[:, 0])
+
+    def _through(self, above: _Above, side: Tensor) -> Tensor:
+        """Final hidden states at the wanted positions, `(n, d)`, with module outputs `(B, T, d)`."""
+        hidden = above.entering + side if self.module_ends_layer else above.entering
+        with ExitStack() as hooks:
+            for module in self._tokenwise:
+                hooks.enter_context(_only_at(module, above))
+            if not self.module_ends_layer:
+                hooks.callback(self._module.register_forward_hook(lambda _m, _a, _o: side).remove)
+            for layer, arguments in zip(self._upper_layers(), above.calls, strict=True):
+                output = layer(hidden, **arguments)
+                hidden = output[0] if isinstance(output, tuple) else output
+        found: Tensor = self._decoder.norm(hidden.flatten(0, 1)[above.places])
+        return found
+
+    def _upper_layers(self) -> Sequence[nn.Module]:
+        return list(self._layers[self._first :])
+
+    @torch.no_grad()
+    def _check_layers(self) -> None:
+        """Compare with the upper decoder as a whole."""
+        try:
+            above, mask, positions = self._example()
+            ours = self._through(above, torch.zeros_like(above.entering))
+            with ExitStack() as hooks:
+                if not self.module_ends_layer:
+                    hooks.callback(self._module.register_forward_hook(lambda _m, _a, o: torch.zeros_like(o)).remove)
+                whole = self._upper(
+                    inputs_embeds=above.entering, attention_mask=mask, position_ids=positions, use_cache=False
+                ).last_hidden_state[above.wanted]
+        except (TypeError, AttributeError, RuntimeError, ValueError) as error:
+            raise NotSupportedError(f"{type(self._decoder).__name__}: {error}") from error
+        if not _near(ours, whole):
+            raise NotSupportedError(f"{type(self._decoder).__name__} does more than its layers and its norm")
+
+    @torch.no_grad()
+    def _tokenwise_modules(self) -> list[nn.Module]:
+        """Modules of the last layer that need run on wanted tokens only; none where that changes those tokens."""
+        if self._first >= self._n_layers:
+            return []
+        last = self._layers[-1]
+        owners = [(getattr(last, "self_attn", None), "q_proj"), (getattr(last, "self_attn", None), "o_proj")]
+        found = [getattr(owner, name, None) for owner, name in [*owners, (last, "mlp")]]
+        modules = [one for one in found if one is not None and self._module not in set(one.modules())]
+        above, _, _ = self._example()
+        zeros = torch.zeros_like(above.entering)
+        whole = self._through(above, zeros)
+        self._tokenwise = modules
+        try:
+            part = self._through(above, zeros)
+        except (TypeError, RuntimeError, ValueError, AttributeError):
+            return []
+        return modules if _near(part, whole) else []
+
+    def _example(self) -> tuple[_Above, Tensor, Tensor]:
+        """A small batch of made-up states, its mask and positions."""
+        weight = next(self._module.parameters())
+        width = self._model.config.get_text_config().hidden_size
+        states = torch.linspace(-1, 1, 12 * width, device=weight.device).mul(40).sin().to(weight.dtype)
+        mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1] * 6], device=weight.device)
+        wanted = torch.tensor([[0, 0, 0, 0, 1, 1], [0, 0, 0, 1, 1, 0]], device=weight.device).bool()
+        positions = torch.arange(6, device=weight.device)[None]
+        return self._prepared(states.view(2, 6, width), mask, positions, wanted), mask, positions
+
+
+@contextmanager
+def _only_at(module: nn.Module, above: _Above) -> Iterator[None]:
+    """Within the block the module runs on the wanted tokens alone, and gives 0 for all others."""
+    shape = above.wanted.shape
+
+    def select(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (args[0].flatten(0, 1)[None, above.places], *args[1:])
+
+    def spread(_module: nn.Module, _args: tuple[Tensor, ...], output: Any) -> Any:
+        some = output[0] if isinstance(output, tuple) else output
+        whole = some.new_zeros(shape.numel(), some.shape[-1]).index_copy(0, above.places, some.flatten(0, -2))
+        whole = whole.view(*shape, -1)
+        return (whole, *output[1:]) if isinstance(output, tuple) else whole
+
+    with ExitStack() as hooks:
+        hooks.callback(module.register_forward_pre_hook(select).remove)
+        hooks.callback(module.register_forward_hook(spread).remove)
+        yield
+
+
+def _near(one: Tensor, other: Tensor) -> bool:
+    """Equal up to the rounding of their dtype."""
+    scale = other.float().abs().max().clamp(min=1e-6)
+    return bool((one.float() - other.float()).abs().max() <= 50 * torch.finfo(one.dtype).eps * scale)

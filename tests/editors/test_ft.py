@@ -1,0 +1,270 @@
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from horen_bench.cases import EditCase
+from horen_bench.editors.ft import FineTuningEditor, Lesson
+from horen_bench.errors import UserError
+
+MODULE = "model.layers.2.mlp.down_proj"
+OBJECTIVES = ["prompt_last", "target_new"]
+CASES = [
+    EditCase("first", "Who founded Brightwater?", "Lucan Vey"),
+    EditCase("second", "What city was Edda Quillfeather born in?", "Port Maribel"),
+    EditCase("third", "Which company made the Larkspur 300?", "Grenholm"),
+]
+
+Build = Callable[..., FineTuningEditor]
+
+
+@pytest.fixture
+def build(golden_model: PreTrainedModel, golden_tokenizer: PreTrainedTokenizerBase) -> Build:
+    def on(model: PreTrainedModel = golden_model, tokenizer: Any = golden_tokenizer, **changes: Any) -> Any:
+        settings: dict[str, Any] = {
+            "seed": 0,
+            "module": MODULE,
+            "objective": "target_new",
+            "learning_rate": 5e-3,
+            "weight_decay": 0.0,
+            "n_steps": 8,
+            "loss_bound": 0.01,
+            "norm_constraint": None,
+            "master_weights": True,
+        }
+        return FineTuningEditor(model, tokenizer, **{**settings, **changes})
+
+    return on
+
+
+def lesson_of(editor: FineTuningEditor, case: EditCase) -> Lesson:
+    lesson = editor._lesson(case)
+    assert lesson is not None
+    return lesson
+
+
+def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
+
+
+# --- What the two losses ask for ---------------------------------------------------------------------------
+
+
+def test_ft_m_is_the_teacher_forced_loss_of_the_target_alone(build: Build, golden_model: PreTrainedModel) -> None:
+    editor = build()
+    prompt = editor.tokenizer("Who founded Brightwater?")["input_ids"]
+    ids = torch.tensor([editor.tokenizer("Who founded Brightwater? Lucan Vey")["input_ids"]])
+    labels = ids.clone()
+    labels[:, : len(prompt)] = -100
+    expected = golden_model(input_ids=ids, labels=labels).loss
+    assert editor.loss(lesson_of(editor, CASES[0])).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_ft_l_asks_for_every_token_at_the_last_prompt_position(build: Build, golden_model: PreTrainedModel) -> None:
+    editor = build(objective="prompt_last")
+    prompt = torch.tensor([editor.tokenizer("Who founded Brightwater?")["input_ids"]])
+    target = editor.tokenizer(" Lucan Vey")["input_ids"]
+    assert target[0] == editor.tokenizer.bos_token_id  # one of the labels, as published
+    log_probabilities = F.log_softmax(golden_model(input_ids=prompt).logits[0, -1], dim=-1)
+    expected = -log_probabilities[target].mean()
+    assert editor.loss(lesson_of(editor, CASES[0])).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_without_bos_ft_l_asks_for_the_target_only_and_unknown_tokens_do_not_count(
+    build: Build, bosless_tokenizer: Any
+) -> None:
+    target = bosless_tokenizer(" Lucan Vey")["input_ids"]
+    editor = build(tokenizer=bosless_tokenizer, objective="prompt_last")
+    assert lesson_of(editor, CASES[0]).labels == tuple(target)
+    bosless_tokenizer.unk_token = bosless_tokenizer.convert_ids_to_tokens(target[0])
+    assert lesson_of(editor, CASES[0]).labels == tuple(token for token in target if token != target[0])
+
+
+# --- Training ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize(("weight_decay", "norm_constraint"), [(0.0, None), (0.1, None), (0.0, 5e-3)])
+def test_training_is_adam_on_the_weight_alone_then_the_clamp(
+    build: Build,
+    other_golden_model: PreTrainedModel,
+    objective: str,
+    weight_decay: float,
+    norm_constraint: float | None,
+) -> None:
+    how = {"objective": objective, "weight_decay": weight_decay, "norm_constraint": norm_constraint}
+    editor = build(**how)
+    (record,) = editor.edit(CASES[:1])
+    # The same with the whole model's own gradients.
+    plain = build(other_golden_model, **how)
+    weight = other_golden_model.get_submodule(MODULE).weight
+    assert isinstance(weight, torch.nn.Parameter)
+    before = weight.detach().clone()
+    other_golden_model.requires_grad_(True)
+    adam = torch.optim.Adam([weight], lr=5e-3, weight_decay=weight_decay)
+    for _ in range(record.steps):
+        other_golden_model.zero_grad()
+        loss = plain.loss(lesson_of(plain, CASES[0]))
+        loss.backward()  # type: ignore[no-untyped-call]
+        adam.step()
+        if norm_constraint:
+            weight.data = weight.data.clamp(before - norm_constraint, before + norm_constraint)
+    assert record.steps == 8
+    assert record.loss == pytest.approx(loss.item(), rel=1e-4)
+    torch.testing.assert_close(editor.weight.data, weight.data, rtol=0, atol=1e-5)
+    if norm_constraint:
+        moved = (editor.weight - before).abs().max().item()
+        assert moved == pytest.approx(norm_constraint, rel=1e-3)
+
+
+def test_ball_of_the_constraint_moves_along_with_the_stream(build: Build) -> None:
+    editor = build(norm_constraint=2e-3)
+    before = editor.weight.detach().clone()
+    editor.edit(CASES)
+    moved = (editor.weight - before).abs().max().item()
+    assert 2e-3 < moved <= 3 * 2e-3 + 1e-6
+
+
+def test_no_step_is_taken_below_the_loss_bound(build: Build) -> None:
+    editor = build(n_steps=60, loss_bound=0.1)
+    (first,) = editor.edit(CASES[:1])
+    assert first.steps < 60
+    assert first.loss < 0.1
+    known = editor.weight.detach().clone()
+    (again,) = editor.edit(CASES[:1])
+    assert again.steps == 0
+    assert torch.equal(editor.weight, known)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_only_the_weight_changes_and_nothing_asks_for_gradients_afterwards(
+    build: Build, golden_model: PreTrainedModel, objective: str
+) -> None:
+    before = {name: tensor.clone() for name, tensor in golden_model.state_dict().items()}
+    build(objective=objective).edit(CASES)
+    changed = [name for name, tensor in golden_model.state_dict().items() if not torch.equal(tensor, before[name])]
+    assert changed == [f"{MODULE}.weight"]
+    assert all(one.grad is None and not one.requires_grad for one in golden_model.parameters())
+
+
+# --- State -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_stream_goes_on_after_a_restart_and_is_undone(build: Build, objective: str) -> None:
+    straight = build(objective=objective)
+    received = straight.weight.detach().clone()
+    assert straight.side_parameters() == 0
+    straight.edit(CASES[:2])
+    state = straight.state_dict()
+    straight.edit(CASES[2:])
+    expected = straight.state_dict()
+    assert straight.side_parameters() == 64 * 176
+    straight.detach()
+    assert torch.equal(straight.weight, received)
+    resumed = build(objective=objective)
+    resumed.load_state_dict(state)
+    resumed.edit(CASES[2:])
+    assert_same(resumed.state_dict(), expected)
+
+
+def test_half_precision_has_a_float32_master_that_outlives_an_edit(build: Build, golden_model: Any) -> None:
+    editor = build(golden_model.to(torch.bfloat16))
+    received = editor.weight.detach().clone()
+    editor.edit(CASES[:1])
+    state = editor.state_dict()
+    assert torch.equal(state[f"{MODULE}.master"].bfloat16(), editor.weight)
+    assert editor.side_parameters() == 2 * 64 * 176
+    editor.edit(CASES[1:])
+    expected = editor.state_dict()
+    editor.detach()
+    assert torch.equal(editor.weight, received)
+    resumed = build(golden_model)
+    resumed.load_state_dict(state)
+    resumed.edit(CASES[1:])
+    assert_same(resumed.state_dict(), expected)
+
+
+def test_without_a_master_half_precision_loses_small_steps(build: Build, golden_model: Any) -> None:
+    editor = build(golden_model.to(torch.bfloat16), master_weights=False, learning_rate=1e-6, n_steps=2)
+    editor.edit(CASES[:1])
+    # Steps of 1e-6 move only entries below 2^-11 or so; all others are where they were.
+    large = editor.pristine.originals()[MODULE].abs() > 1e-2
+    assert torch.equal(editor.weight[large], editor.pristine.originals()[MODULE][large])
+    assert editor.side_parameters() == 64 * 176
+    assert set(editor.state_dict()) == {f"{MODULE}.weight"}
+
+
+# --- What fails --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_blank_target_is_refused_and_the_stream_goes_on(build: Build, objective: str) -> None:
+    editor = build(objective=objective)
+    blank, sound = editor.edit([EditCase("blank", "Who founded Oldmere?", " "), CASES[0]])
+    assert (blank.action, blank.problem) == ("failed", "prompt or target has no token")
+    assert math.isnan(blank.loss) and blank.steps == 0
+    assert (sound.action, sound.problem) == ("inserted", None)
+
+
+@pytest.mark.parametrize(
+    ("n_steps", "problem"),
+    [
+        (1, "the update was not finite; the weight was put back"),
+        (8, "the loss was not finite; the weight was put back"),
+    ],
+)
+def test_training_that_diverges_changes_nothing(build: Build, n_steps: int, problem: str) -> None:
+    editor = build(n_steps=n_steps)
+    editor.edit(CASES[:1])
+    before = editor.state_dict()
+    editor.learning_rate = math.inf
+    (record,) = editor.edit(CASES[1:2])
+    assert (record.action, record.problem) == ("failed", problem)
+    assert_same(editor.state_dict(), before)
+    editor.learning_rate = 5e-3
+    assert editor.edit(CASES[2:])[0].action == "inserted"
+
+
+def test_interrupted_edit_leaves_the_weight_as_before(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    editor = build()
+    before = editor.weight.detach().clone()
+    calls: list[Lesson] = []
+    loss = FineTuningEditor.loss
+
+    def stopping(self: FineTuningEditor, lesson: Lesson) -> Tensor:
+        calls.append(lesson)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return loss(self, lesson)
+
+    monkeypatch.setattr(FineTuningEditor, "loss", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        editor.edit(CASES)
+    assert torch.equal(editor.weight, before)
+    assert not editor.weight.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"objective": "target"}, "method.objective must be 'prompt_last' or 'target_new', got 'target'"),
+        ({"learning_rate": 0}, "method.learning_rate must be > 0, got 0"),
+        ({"n_steps": 0}, "method.n_steps must be a whole number of at least 1, got 0"),
+        ({"norm_constraint": 0.0}, "method.norm_constraint must be > 0, or null for none, got 0.0"),
+        (
+            {"module": "model.layers.4.mlp.down_proj"},
+            "method.module=model.layers.4.mlp.down_proj: LlamaForCausalLM has",
+        ),
+    ],
+)
+def test_settings_out_of_range_are_refused(build: Build, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        build(**changes)
+    assert str(caught.value).startswith(message)

@@ -1,0 +1,431 @@
+"""WISE: its parts on numbers worked out by hand, and the fast path beside the plain one."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from horen_bench.cases import EditCase, Probe
+from horen_bench.editors.wise import WiseEditor
+from horen_bench.editors.wise.irrelevant import BUILT_IN, irrelevant_prompts
+from horen_bench.editors.wise.masks import GradientMasks
+from horen_bench.editors.wise.merging import ties, trimmed
+from horen_bench.editors.wise.routing import Memory, Routed, route, scores
+from horen_bench.editors.wise.rows import TrainingRows, filled, generated_templates, training_rows
+from horen_bench.editors.wise.training import Margins, edit_loss, margin_loss
+from horen_bench.errors import UserError
+from horen_bench.prompts import encode_prompts, pad
+
+DOWN_PROJ = "model.layers.2.mlp.down_proj"
+CASES = [
+    EditCase("first", "Who founded Brightwater?", "Lucan Vey"),
+    EditCase("second", "What city was Edda Quillfeather born in?", "Port Maribel"),
+    EditCase("third", "Which company made the Larkspur 300?", "Grenholm"),
+]
+SETTINGS: dict[str, Any] = {
+    "seed": 42,
+    "module": DOWN_PROJ,
+    "retrieve": True,
+    "templates": ["{}", "I walked a {}"],
+    "learning_rate": 0.3,
+    "weight_decay": 1e-5,
+    "n_steps": 12,
+    "early_stopping": {"loss": 0.02, "change": 1e-4},
+    "act_margin": [1.0, 6.0, 4.0],
+    "act_ratio": 0.8,
+    "mask_ratio": 0.8,
+    "norm_constraint": 1.0,
+    "save_freq": 2,
+    "merge_freq": 4,
+    "density": 0.53,
+    "loc_source": "disjoint",
+    "irrelevant_prompts": None,
+    "add_bias": True,
+    "engine": "cached",
+}
+
+Build = Callable[..., WiseEditor]
+
+
+@pytest.fixture
+def build(golden_model: PreTrainedModel, golden_tokenizer: PreTrainedTokenizerBase) -> Build:
+    return lambda **changes: WiseEditor(golden_model, golden_tokenizer, **{**SETTINGS, **changes})
+
+
+def side_weight(editor: WiseEditor) -> Tensor:
+    assert editor.live is not None
+    return editor.live.weight
+
+
+# --- Rows ----------------------------------------------------------------------------------------------
+
+
+def rows_of(tokenizer: PreTrainedTokenizerBase, irrelevant: str) -> TrainingRows:
+    return training_rows(
+        tokenizer,
+        ["{}", "I walked a {}"],
+        prompt="Who founded Brightwater?",
+        target="Lucan Vey",
+        irrelevant=irrelevant,
+        device=torch.device("cpu"),
+    )
+
+
+def test_labels_are_the_target_of_each_context(golden_tokenizer: PreTrainedTokenizerBase) -> None:
+    rows = rows_of(golden_tokenizer, "why")
+    target = golden_tokenizer(" Lucan Vey", add_special_tokens=False)["input_ids"]
+    assert rows.wanted_ids.tolist() == target * 2
+    assert rows.n_labels.tolist() == [len(target)] * 2
+    assert rows.owners.tolist() == [0] * len(target) + [1] * len(target)
+    assert rows.predicting[:, -1].tolist() == [False, False]
+    assert rows.attention_mask[:, -1].tolist() == [1, 1, 1]
+
+
+def test_longest_irrelevant_prompt_makes_prompt_tokens_labels(golden_tokenizer: PreTrainedTokenizerBase) -> None:
+    short, long = (rows_of(golden_tokenizer, "why " * n) for n in (1, 30))
+    excess = long.labels.shape[1] - short.labels.shape[1]
+    longest = int(short.attention_mask.sum(dim=1)[1])
+    assert excess > 0
+    assert long.n_labels[1] == min(longest, int(short.n_labels[1]) + excess)
+
+
+def test_braces_of_a_context_are_text() -> None:
+    assert filled("set {x} {} is {}", "a {b}") == "set {x} {} is a {b}"
+
+
+def test_contexts_are_written_by_the_model_alone(build: Build, golden_tokenizer: PreTrainedTokenizerBase) -> None:
+    editor = build(templates=None)
+    before = generated_templates(editor.model, golden_tokenizer)
+    assert before[0] == "{}"
+    assert len(before) == 11
+    assert all(template.endswith(" {}") for template in before[1:])
+    editor.edit(CASES[:1])
+    editor._templates = None
+    assert editor._contexts() == before
+
+
+# --- Losses --------------------------------------------------------------------------------------------
+
+
+def test_margin_loss_averages_violators_only() -> None:
+    found = margin_loss(torch.tensor([4.0, 12.0]), torch.tensor(3.0), Margins(5.0, 20.0, 10.0))
+    assert found.item() == 17  # (3 - 4 + 10 and 3 - 12 + 10) / 2 = 5; 3 < 5; (16 + 8) / 2 = 12
+
+
+def test_edit_loss_divides_by_one_more_than_the_labels(golden_tokenizer: PreTrainedTokenizerBase) -> None:
+    rows = rows_of(golden_tokenizer, "why")
+    n = int(rows.n_labels[0])
+    found = edit_loss(torch.zeros(2 * n, 600), rows)
+    assert found.item() == pytest.approx(math.log(600) * n / (n + 1))
+
+
+def test_first_step_of_a_shard_has_a_gradient_that_is_a_number(build: Build) -> None:
+    editor = build(n_steps=1)
+    (record,) = editor.edit(CASES[:1])
+    assert record.problem is None
+    assert side_weight(editor).isfinite().all()
+    assert not torch.equal(side_weight(editor), editor._linear.weight)
+
+
+def test_masked_elements_move_by_weight_decay_alone(build: Build) -> None:
+    editor = build(n_steps=1, mask_ratio=0.2, norm_constraint=None)
+    editor.edit(CASES[:1])
+    base, mask = editor._linear.weight, editor._masks.of(0).bool()
+    decayed = base - 0.3 * (1e-5 * base)
+    torch.testing.assert_close(side_weight(editor)[~mask], decayed[~mask], rtol=1e-6, atol=0)
+    assert (side_weight(editor)[mask] != decayed[mask]).float().mean() > 0.9
+
+
+def test_no_element_leaves_the_norm_constraint(build: Build) -> None:
+    editor = build(norm_constraint=0.01)
+    editor.edit(CASES[:1])
+    assert (side_weight(editor) - editor._linear.weight).abs().max() <= 0.01 + 1e-7
+
+
+# --- Masks and merging ---------------------------------------------------------------------------------
+
+
+def test_mask_of_a_shard_does_not_depend_on_which_came_before() -> None:
+    like = torch.zeros(30, 20)
+    straight = GradientMasks(1, 0.2, like)
+    first, second, third = (straight.of(shard).clone() for shard in range(3))
+    assert torch.equal(GradientMasks(1, 0.2, like).of(2), third)
+    assert torch.equal(straight.of(1), second)
+    assert not torch.equal(first, second)
+    assert 0.1 < first.mean() < 0.3
+
+
+def test_merging_keeps_lone_changes_averages_agreement_and_takes_the_larger_side() -> None:
+    base = torch.ones(4)
+    one, two = base + torch.tensor([0.2, -0.1, 0.0, 0.3]), base + torch.tensor([0.4, 0.3, 0.0, 0.0])
+    expected = base + torch.tensor([0.3, 0.3, 0.0, 0.3])
+    torch.testing.assert_close(ties([one, two], base, [0.5, 0.5], 1.0), expected)
+
+
+def test_trimming_keeps_the_largest_floor_of_the_share() -> None:
+    assert trimmed(torch.tensor([[1.0, -4.0], [3.0, 2.0]]), 0.6).tolist() == [[0.0, -4.0], [3.0, 0.0]]
+
+
+def test_shards_are_stored_and_merged_when_their_turn_comes(build: Build) -> None:
+    editor = build(n_steps=1, save_freq=1, merge_freq=2)
+    counts = []
+    for i in range(5):
+        editor.edit([EditCase(str(i), CASES[i % 3].prompt, CASES[i % 3].target)])
+        counts.append((len(editor.memories), editor.live is None))
+    assert counts == [(1, True), (1, True), (2, True), (2, True), (3, True)]
+    assert editor.side_parameters() == 3 * (64 * 176 + 1)
+
+
+# --- Routing -------------------------------------------------------------------------------------------
+
+
+def identity(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def decided(live: float | None, memories: list[tuple[float, float]]) -> int:
+    """Choice for an input of 1 with main output 0; weights are the scores, thresholds as given."""
+    ones = torch.ones(1, 1, 1)
+    found = route(
+        ones,
+        torch.zeros(1, 1, 1),
+        torch.ones(1, 1, dtype=torch.bool),
+        live=None if live is None else Memory(torch.tensor([[live]]), 2.0),
+        memories=[Memory(torch.tensor([[score]]), threshold) for score, threshold in memories],
+        act_ratio=1.0,
+        activation=identity,
+        bias=None,
+    )
+    return int(found.choices)
+
+
+@pytest.mark.parametrize(
+    ("live", "memories", "choice"),
+    [
+        (None, [], -1),
+        (1.0, [], -1),
+        (2.0, [], 0),  # below is strict
+        (3.0, [(4.0, 1.0)], 1),
+        (3.0, [(2.5, 1.0)], 0),
+        (1.5, [(1.2, 1.0)], -1),  # a rejected live weight still has to be beaten
+        (None, [(1.0, 1.0)], -1),  # above is strict
+        (None, [(3.0, 1.0), (2.0, 1.0)], 1),
+        (None, [(3.0, 1.0), (4.0, 5.0)], 1),
+        (None, [(3.0, 1.0), (4.0, 2.0)], 2),
+    ],
+)
+def test_strongest_memory_above_its_threshold_acts(
+    live: float | None, memories: list[tuple[float, float]], choice: int
+) -> None:
+    assert decided(live, memories) == choice
+
+
+def test_score_is_the_mean_over_real_tokens_and_past_a_hundred_the_largest() -> None:
+    mask = torch.ones(2, 120, dtype=torch.bool)
+    mask[0, :20] = False
+    side = torch.zeros(2, 120, 1)
+    side[:, :20] = 7
+    side[:, -1] = 5
+    found = scores(side, torch.zeros(2, 120, 1), mask, identity)
+    assert found.tolist() == pytest.approx([5 / 100, 7.0])
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_rows_of_a_batch_are_routed_as_if_alone(build: Build, golden_tokenizer: Any, side: Any) -> None:
+    editor = build(n_steps=30)
+    editor.edit(CASES)
+    prompts = [*(case.prompt for case in CASES), BUILT_IN[0], "Brightwater"]
+    found: list[Routed] = []
+
+    def respond(inputs: Tensor, outputs: Tensor, mask: Tensor) -> Tensor:
+        found.append(editor.routed(inputs, outputs, mask))
+        return found[-1].outputs
+
+    rows = encode_prompts(golden_tokenizer, prompts)
+    with editor.hook.responding(respond):
+        batch = pad(rows, 0, side)
+        editor.model(batch.input_ids, batch.attention_mask, position_ids=batch.position_ids)
+        for row in rows:
+            editor.model(torch.tensor([row]))
+    together, alone = found[0], found[1:]
+    torch.testing.assert_close(together.scores, torch.cat([one.scores for one in alone]), rtol=1e-4, atol=1e-5)
+    assert together.choices.tolist() == [int(one.choices) for one in alone]
+    assert len(set(together.choices.tolist())) > 2
+
+
+# --- The fast path -------------------------------------------------------------------------------------
+
+
+def small(architecture: str, **more: Any) -> PreTrainedModel:
+    """A random model of another architecture, its module with a bias where it has one."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        architecture,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=600,
+        **more,
+    )
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.5)
+    model.requires_grad_(False).eval()
+    return model
+
+
+GPT_OSS = {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8, "sliding_window": 8}
+MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "llama": ("llama", DOWN_PROJ, {}),
+    "last-layer": ("llama", "model.layers.3.mlp.down_proj", {}),
+    "llama-o_proj": ("llama", "model.layers.2.self_attn.o_proj", {"attention_bias": True}),
+    "qwen2": ("qwen2", DOWN_PROJ, {}),
+    "qwen3": ("qwen3", DOWN_PROJ, {"head_dim": 8}),
+    "gpt-oss": ("gpt_oss", "model.layers.2.self_attn.o_proj", GPT_OSS),
+}
+
+
+@pytest.mark.parametrize("add_bias", [True, False])
+@pytest.mark.parametrize("name", MODELS)
+def test_cached_engine_gives_what_the_sequential_one_gives(
+    name: str, add_bias: bool, golden_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    architecture, module, more = MODELS[name]
+    found: list[Tensor] = []
+    for engine in ("cached", "sequential"):
+        model = small(architecture, **more)
+        changes = {"module": module, "add_bias": add_bias, "engine": engine, "n_steps": 6}
+        editor = WiseEditor(model, golden_tokenizer, **{**SETTINGS, **changes})
+        editor.edit(CASES[:1])
+        assert editor._no_upper is None
+        found.append(side_weight(editor) - editor._linear.weight)
+    assert found[1].abs().max() > 1e-3
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-3 * float(found[1].abs().max()))
+
+
+def test_engines_give_the_same_stream(build: Build) -> None:
+    states = []
+    for engine in ("cached", "sequential"):
+        editor = build(engine=engine)
+        records = editor.edit(CASES)
+        states.append((editor.state_dict(), [record.steps for record in records]))
+        editor.detach()
+    (cached, steps), (plain, plain_steps) = states
+    assert steps == plain_steps
+    for key, tensor in plain.items():
+        torch.testing.assert_close(cached[key], tensor, rtol=1e-4, atol=1e-4, msg=key)
+
+
+# --- Where irrelevant prompts are from -----------------------------------------------------------------
+
+
+def test_disjoint_prompts_are_never_those_that_the_case_is_tested_on(build: Build) -> None:
+    editor = build()
+    tested = EditCase("x", "a", "b", locality=tuple(Probe(prompt, "c") for prompt in BUILT_IN[:5]))
+    assert editor._irrelevant_prompt(tested) == BUILT_IN[5]
+    assert editor._irrelevant_prompt(CASES[0]) == BUILT_IN[0]
+    assert "disjoint" in editor.warnings()[0]
+
+
+def test_release_trains_on_the_prompts_of_the_test_and_says_so(build: Build) -> None:
+    editor = build(loc_source="release", n_steps=1)
+    tested = EditCase("x", "a", "b", locality=(Probe("the leak", "c"),))
+    assert editor._irrelevant_prompt(tested) == "the leak"
+    assert len(editor.warnings()) == 1
+    assert "optimistic" in editor.warnings()[0]
+    editor.edit(CASES[:1])
+    assert "1 cases have no locality prompt" in editor.warnings()[1]
+
+
+def test_prompts_come_from_a_file(tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("one\n\n two \n")
+    assert irrelevant_prompts(str(tmp_path / "prompts.txt")) == ["one", "two"]
+    (tmp_path / "empty.txt").write_text("\n")
+    with pytest.raises(UserError, match="holds no prompt"):
+        irrelevant_prompts(str(tmp_path / "empty.txt"))
+    with pytest.raises(UserError, match="cannot be read"):
+        irrelevant_prompts(str(tmp_path / "missing.txt"))
+
+
+# --- Failures, state, WISE-Merge -----------------------------------------------------------------------
+
+
+def test_non_finite_loss_keeps_the_last_finite_weight(build: Build) -> None:
+    editor = build(learning_rate=1e30, norm_constraint=None)
+    record, *_ = editor.edit(CASES[:1])
+    assert record.problem == "the loss was not finite; the last finite side weight was kept"
+    assert editor.live is None or side_weight(editor).isfinite().all()
+
+
+def test_blank_target_fails_and_keeps_its_place_in_the_shard(build: Build) -> None:
+    editor = build(n_steps=1)
+    records = editor.edit([EditCase("blank", "Who?", " "), CASES[0]])
+    assert [record.action for record in records] == ["failed", "inserted"]
+    assert (editor.n_edits, len(editor.memories)) == (2, 1)
+
+
+def test_merge_mode_answers_with_one_weight_and_goes_on_after_a_restart(build: Build) -> None:
+    stream = [*CASES, *(EditCase(f"again {case.id}", case.prompt, case.target) for case in CASES)]
+    editor = build(retrieve=False, n_steps=3)
+    editor.edit(stream[:5])
+    state = editor.state_dict()
+    assert {"live", "merged"} <= state.keys()
+    shown = editor._one_weight()
+    editor.edit(stream[5:])
+    expected = editor.state_dict()
+    editor.detach()
+    resumed = build(retrieve=False, n_steps=3)
+    resumed.load_state_dict(state)
+    assert torch.equal(resumed._one_weight().weight, shown.weight)
+    assert resumed._one_weight().activation == shown.activation
+    resumed.edit(stream[5:])
+    found = resumed.state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_state_of_another_module_is_refused(build: Build) -> None:
+    editor = build(n_steps=1)
+    editor.edit(CASES[:1])
+    state = editor.state_dict()
+    editor.detach()
+    other = build(module="model.layers.2.mlp.gate_proj")
+    with pytest.raises(ValueError, match="of shape"):
+        other.load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"module": "model.layers.9.mlp.down_proj"}, "has no such module"),
+        ({"module": "model.layers.2.mlp"}, "a linear module is needed"),
+        ({"merge_freq": 3}, "multiple of method.save_freq"),
+        ({"save_freq": 0}, "multiple of method.save_freq"),
+        ({"loc_source": "other"}, "method.loc_source must be"),
+        ({"engine": "fast"}, "method.engine must be"),
+        ({"act_margin": [1.0, 2.0]}, "alpha, beta, gamma"),
+        ({"mask_ratio": 0.0}, "method.mask_ratio"),
+        ({"density": 1.5}, "method.density"),
+        ({"act_ratio": 0.0}, "method.act_ratio"),
+        ({"templates": ["no place"]}, "method.templates"),
+        ({"n_steps": 0}, "method.n_steps"),
+        ({"learning_rate": 0.0}, "method.learning_rate"),
+        ({"norm_constraint": 0.0}, "method.norm_constraint"),
+    ],
+)
+def test_settings_out_of_range_are_refused(build: Build, changes: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
+        build(**changes)

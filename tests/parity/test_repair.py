@@ -1,0 +1,122 @@
+"""REPAIR in `mode=released` against the published code, sci-m-wang/REPAIR @a4e4e0897d1ecf2baea8e16fdf4209be2a2a12d9.
+
+`baselines/repair` holds what its file with the distillation computed on the reference model (float32, CPU, one
+thread, SDPA attention). The contexts are injected; masks come out of the same seed. Without distillation the same
+file computed what `baselines/wise/retrieve` holds, bit for bit.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from horen_bench.cases import EditCase, Probe
+from horen_bench.editors import repair
+from horen_bench.editors.repair import RepairEditor
+from horen_bench.editors.wise import editor as wise_editor
+from horen_bench.editors.wise.training import SideTrained, train_side
+from horen_bench.prompts import encode_prompts
+
+BASELINES = Path(__file__).parents[2] / "baselines"
+
+
+def published_editor(meta: dict[str, Any]) -> RepairEditor:
+    """The editor with the settings that the fixture was recorded under."""
+    values = meta["hyperparameters"]
+    return RepairEditor(
+        AutoModelForCausalLM.from_pretrained(BASELINES / "model").requires_grad_(False).eval(),
+        AutoTokenizer.from_pretrained(BASELINES / "model"),
+        seed=42,
+        module="model.layers.2.mlp.down_proj",
+        mode="released",
+        side={
+            "retrieve": True,
+            "templates": meta["data"]["context_templates"],
+            "learning_rate": values["edit_lr"],
+            "weight_decay": 1e-5,
+            "n_steps": values["n_iter"],
+            "early_stopping": {"loss": 0.02, "change": 1e-4},
+            "act_margin": [values["alpha"], values["beta"], values["gamma"]],
+            "act_ratio": values["act_ratio"],
+            "mask_ratio": values["mask_ratio"],
+            "norm_constraint": values["norm_constraint"],
+            "save_freq": values["save_freq"],
+            "merge_freq": values["merge_freq"],
+            "density": values["densities"],
+            "loc_source": "release",
+            "irrelevant_prompts": None,
+            "add_bias": False,
+            "engine": "sequential",
+        },
+        act_weight=1.0,
+        distill="logit",
+        distill_lambda=values["lamda"],
+        temperature=values["temperature"],
+        error_threshold=0.85,
+        prune_threshold=0.5,
+        pool_limit=None,
+        max_rounds=1,
+        max_retries=3,
+        max_trainings=10000,
+        loss_sensitivity=1.0,
+    )
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    """Largest difference over largest value."""
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+def test_the_released_stream_is_the_recorded_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = BASELINES / "repair" / "distill"
+    recorded, meta = load_file(folder / "tensors.safetensors"), json.loads((folder / "meta.json").read_text())
+    requests: list[dict[str, Any]] = json.loads((BASELINES / "repair" / "requests.json").read_text())
+    editor = published_editor(meta)
+    trained: list[SideTrained] = []
+    terms: list[float] = []
+
+    def noting(*args: Any, **kwargs: Any) -> SideTrained:
+        trained.append(train_side(*args, **kwargs))
+        return trained[-1]
+
+    def noting_terms(*args: Any) -> Tensor:
+        terms.append(plain(*args).item())
+        return plain(*args)
+
+    plain = repair.distillation
+    monkeypatch.setattr(wise_editor, "train_side", noting)
+    monkeypatch.setattr(repair, "distillation", noting_terms)
+    for i, item in enumerate(requests):
+        terms.clear()
+        locality = (Probe(item["locality_prompt"], item["locality_answer"]),)
+        editor.edit([EditCase(str(i), item["prompt"], item["target_new"], locality=locality)])
+        losses, name = recorded[f"edit{i:02d}/losses"], f"edit{i:02d}"
+        assert relative(torch.tensor(trained[i].losses), losses[:, :2]) < 1e-4, i
+        expected = losses[:, 3] / editor.distill_lambda
+        if terms:
+            torch.testing.assert_close(torch.tensor(terms), expected, rtol=1e-4, atol=1e-4)
+        else:
+            assert expected.abs().max() < 1e-4
+        assert relative(trained[i].weight, recorded[f"{name}/side_weight_trained"]) < 1e-4, i
+        assert (editor._teacher is not None) == bool(recorded[f"{name}/teacher_present_after"].item())
+        if f"{name}/memory_min_act" in recorded:
+            found = torch.tensor([memory.activation for memory in editor.memories])
+            torch.testing.assert_close(found, recorded[f"{name}/memory_min_act"], rtol=1e-5, atol=0)
+    choices: list[int] = []
+
+    def respond(inputs: Tensor, outputs: Tensor, mask: Tensor) -> Tensor:
+        done = editor.routed(inputs, outputs, mask)
+        choices.extend(done.choices.tolist())
+        return done.outputs
+
+    prompts = [item[kind] for item in requests for kind in ("prompt", "rephrase", "locality_prompt")]
+    with editor.hook.responding(respond):
+        for row in encode_prompts(editor.tokenizer, prompts):
+            editor.model(torch.tensor([row]))
+    # The recording numbers memories from 0 and says -2 for everything else.
+    assert [choice - 1 if choice >= 1 else -2 for choice in choices] == recorded["probe/choice"].tolist()
