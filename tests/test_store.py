@@ -17,10 +17,11 @@ import pandas as pd
 import pytest
 import torch
 
+from horen_bench.atomic import replacing, write_text
 from horen_bench.errors import UserError
 from horen_bench.resources import resource
 from horen_bench.settings import resolved
-from horen_bench.store import RunStore, cached_answers, identity, replacing, write_text
+from horen_bench.store import RunStore, cached_answers, identity
 
 ONE_CASE = pd.DataFrame({"case_id": ["a"]})
 

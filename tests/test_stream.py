@@ -369,6 +369,18 @@ def test_data_that_only_grew_goes_on(tmp_path: Path) -> None:
     assert DriftEditor.written == list("0123")
 
 
+def test_a_method_that_needs_subjects_says_so_before_it_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "edits.json"
+    file.write_text('[{"src": "Who founded it?", "answers": ["Lucan Vey"]}]', encoding="utf-8")
+    monkeypatch.setattr(DriftEditor, "needs_subject", True)
+    target = {"_target_": "horen_bench.datasets.zsre.Zsre", "name": "zsre", "path": str(file), "train_path": None}
+    rules = {"strip_nq_prefix": False, "append_question_mark": False, "conflicts": "keep"}
+    dataset = {**target, **rules, "target": "answers", "locality_source": "record"}
+    values = {**config(tmp_path, 1), "dataset": dataset}
+    with pytest.raises(UserError, match=r"writes at the subject of each case, and dataset=zsre has none"):
+        stream.run(values, Console(file=io.StringIO()))
+
+
 def test_locality_that_another_edit_touches_is_noted_or_left_out(tmp_path: Path) -> None:
     path = tmp_path / "edits.json"
     write_facts(path, 6, loc=next(records(1, stop=1))["src"])

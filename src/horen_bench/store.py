@@ -15,10 +15,8 @@ Every write goes to a temporary file that is flushed and renamed, so a process k
 the old file or the new one. Nothing is pickled: CSV, Parquet, JSON, YAML, safetensors.
 """
 
-import errno
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -31,6 +29,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from horen_bench.atomic import replacing, unwritable, write_text
 from horen_bench.errors import UserError
 
 # Two processes that agree on these go on with one run; n, paths, device and the like may differ.
@@ -49,39 +48,6 @@ def identity(config: Mapping[str, Any]) -> str:
     lasting["dataset"] = {key: value for key, value in config["dataset"].items() if key not in _PATHS}
     lasting["model"] = {key: config["model"][key] for key in _LASTING_OF_MODEL}
     return hashlib.sha256(json.dumps(lasting, sort_keys=True).encode()).hexdigest()[:10]
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success it takes its place, flushed to the disk first.
-
-    Raises:
-        UserError: the disk is full or not writable; what was at `path` is untouched.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except (OSError, SafetensorError) as error:
-        raise _unwritable(path, error) from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace a text file as a whole."""
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
-
-def _unwritable(path: Path, error: OSError | SafetensorError) -> UserError:
-    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
-    what = "the disk is full" if full else f"it cannot be written ({error})"
-    advice = "free some space" if full else "mend that, or choose another place with results_dir="
-    return UserError(f"{path}: {what}; {advice} and run the same command again, what is finished is kept")
 
 
 class RunStore:
@@ -113,7 +79,7 @@ class RunStore:
                 f"another process is working on this run ({self.path}); wait for it, or change the settings"
             ) from None
         except OSError as error:
-            raise _unwritable(self.path, error) from error
+            raise unwritable(self.path, error) from error
         try:
             for leftover in self.path.rglob(".*.tmp"):  # of a process that was killed while it wrote
                 leftover.unlink()

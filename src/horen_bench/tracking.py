@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import pandas as pd
 
+from horen_bench.atomic import write_text
 from horen_bench.errors import UserError
-from horen_bench.store import write_text
 
 if TYPE_CHECKING:
     import wandb

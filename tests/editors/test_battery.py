@@ -5,7 +5,9 @@ or three tokens come out greedily.
 """
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
 
 import pytest
@@ -146,6 +148,28 @@ def ft_m() -> Factory:
     return build
 
 
+_FIRM = {"n_steps": 25, "learning_rate": 0.2, "weight_decay": 1e-3, "clamp": 10, "kl": 0.0625}
+
+
+@cache
+def statistics_folder() -> str:
+    """One folder for all, so that the statistics are made once."""
+    return mkdtemp()
+
+
+def rewriting(method: str, **changes: Any) -> Factory:
+    """A method as its file in `conf/` sets it, but for the changes."""
+
+    def build(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Editor:
+        settings = {**resolved(composed([f"method={method}"]))["method"], **changes}
+        corpus = str(Path(__file__).parents[2] / "baselines" / "rome" / "stats_texts.json")
+        settings["statistics"] = {**settings["statistics"], "corpus": corpus, "folder": statistics_folder()}
+        editor: Editor = build_configured(settings, "method", model=model, tokenizer=tokenizer, seed=42)
+        return editor
+
+    return build
+
+
 EDITORS: dict[str, Factory] = {
     "horen": horen("vector", "parallel"),
     "horen-lora": horen("lora", "parallel"),
@@ -167,6 +191,11 @@ EDITORS: dict[str, Factory] = {
         learning_rate=0.05,
     ),
     "ft-m": ft_m(),
+    "rome": rewriting("rome", hidden={**_FIRM, "learning_rate": 0.5}),
+    "rome-sequential": rewriting("rome", hidden={**_FIRM, "learning_rate": 0.5}, engine="sequential"),
+    "memit": rewriting("memit", hidden=_FIRM, moment_weight=0.01),
+    "alphaedit": rewriting("alphaedit", hidden=_FIRM, nullspace_threshold=0.5, l2=0.01),
+    "alphaedit-sequential": rewriting("alphaedit", hidden=_FIRM, nullspace_threshold=0.5, l2=0.01, engine="sequential"),
 }
 # Those that act on what they recognise only: whatever they do not recognise keeps its logits bit for bit.
 MEMORIES = [
@@ -179,6 +208,11 @@ MEMORIES = [
     "wise",
     "wise-sequential",
 ]
+
+# Those that write at the subject. At layer 1 of the reference model a vector there cannot decide these answers
+# (their loss stays above 1.4 nats after 100 steps), so what they say is tested in files of their own.
+SUBJECT_WRITERS = ["rome", "rome-sequential", "memit", "alphaedit", "alphaedit-sequential"]
+RECALLING = [name for name in EDITORS if name not in SUBJECT_WRITERS]
 
 # How a model may be asked. A model with rewritten weights is an ordinary one, and generate() of an ordinary one goes on
 # behind padding on the right; memories move it.
@@ -222,7 +256,7 @@ def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
 
 
-@pytest.mark.parametrize(("name", "way"), [(n, w) for n in EDITORS for w in WAYS if w != "right" or n in MEMORIES])
+@pytest.mark.parametrize(("name", "way"), [(n, w) for n in RECALLING for w in WAYS if w != "right" or n in MEMORIES])
 def test_edit_makes_target_the_greedy_answer(name: str, way: str, build: Any, ask: Any) -> None:
     editor, how = build(name), WAYS[way]
     prompts = [case.prompt for case in CASES]
@@ -249,7 +283,7 @@ def test_no_cases_are_no_edit(name: str, build: Any, logits: Any) -> None:
     assert torch.equal(logits(editor.model), before)
 
 
-@pytest.mark.parametrize("name", EDITORS)
+@pytest.mark.parametrize("name", RECALLING)
 def test_second_edit_keeps_the_first(name: str, build: Any, ask: Any) -> None:
     editor = build(name)
     editor.edit(CASES[:1])

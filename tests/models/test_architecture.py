@@ -47,12 +47,12 @@ BLOCKS = {
     "horen": {"threshold", "pooling_ratio"},
     "repair": {"n_iter", "act_weight", "distill_lambda", "act_margin", "act_ratio"},
     "rome": {"module"},
-    "memit": {"modules"},
-    "alphaedit": {"modules"},
+    "memit": {"modules", "moment_weight"},
+    "alphaedit": {"modules", "nullspace_threshold", "l2"},
     "ultraedit": {"modules"},
     "unke": {"module", "value_lr"},
     "ft": {"module"},
-    "statistics": {"max_length"},
+    "statistics": {"max_length", "corpus"},
 }
 # Rates that the embedded model needs because the published ones do not move it.
 ONLY_TINY = {"ultraedit": {"learning_rate"}, "ft": {"learning_rate"}}

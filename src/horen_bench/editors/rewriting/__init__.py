@@ -1,0 +1,1 @@
+"""What the methods that rewrite a down-projection in closed form share: ROME, MEMIT, AlphaEdit."""

@@ -1,0 +1,203 @@
+"""MEMIT against the published implementation, ha11ucin8/HoReN @38bbf34d4f37a2bb1b24dbef6b8bc1fb5554fbae.
+
+`baselines/memit` holds what that code computed on the reference model (float32, CPU, one thread); its contexts,
+which were sampled, are injected. Each stream is edited once, by both engines: one request per turn, and five.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from horen_bench.cases import EditCase
+from horen_bench.editors.base import EditRecord
+from horen_bench.editors.memit import MemitEditor
+from horen_bench.editors.rewriting.hidden import Hidden, Reading
+from horen_bench.editors.rewriting.requests import request_of, rows_of
+from horen_bench.editors.rewriting.statistics import SecondMoment, second_moments
+from horen_bench.evaluation import greedy_decode
+from horen_bench.prompts import encode_prompts
+
+BASELINES = Path(__file__).parents[2] / "baselines"
+MODULES = {1: "model.layers.1.mlp.down_proj", 2: "model.layers.2.mlp.down_proj"}
+VARIANTS = [(size, engine) for size in ("sequential", "batched") for engine in ("sequential", "cached")]
+
+
+@dataclass
+class Written:
+    """What one turn wrote to one layer."""
+
+    path: str
+    keys: Tensor
+    residual: Tensor
+    update: Tensor
+
+
+@dataclass
+class Run:
+    recorded: dict[str, Tensor]
+    calls: list[list[int]]
+    editor: MemitEditor
+    asked: list[dict[str, Any]]
+    records: list[EditRecord] = field(default_factory=list)
+    hidden: list[Hidden] = field(default_factory=list)
+    written: list[list[Written]] = field(default_factory=list)
+    weights: list[dict[str, Tensor]] = field(default_factory=list)
+
+    def turns(self, name: str) -> list[tuple[int, Tensor]]:
+        """A recorded tensor of every turn that has it."""
+        keys = [(i, f"edit{i:02d}/{name}") for i in range(len(self.calls))]
+        return [(i, self.recorded[key]) for i, key in keys if key in self.recorded]
+
+
+def case_of(i: int, item: dict[str, Any]) -> EditCase:
+    return EditCase(str(i), item["prompt"], item["target_new"], item["subject"])
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    """Largest difference over largest value."""
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+def published_editor(meta: dict[str, Any], engine: Any, folder: Path) -> MemitEditor:
+    values, groups = meta["hyperparameters"], meta["data"]["context_templates"]
+    model = AutoModelForCausalLM.from_pretrained(BASELINES / "model").requires_grad_(False).eval()
+    return MemitEditor(
+        model,
+        AutoTokenizer.from_pretrained(BASELINES / "model"),
+        seed=0,
+        modules=list(MODULES.values()),
+        hidden={
+            "n_steps": values["v_num_grad_steps"],
+            "learning_rate": values["v_lr"],
+            "weight_decay": values["v_weight_decay"],
+            "clamp": values["clamp_norm_factor"],
+            "kl": values["kl_factor"],
+        },
+        moment_weight=values["mom2_update_weight"],
+        ridge=0.0,
+        statistics={
+            "corpus": str(BASELINES / "rome" / "stats_texts.json"),
+            "n_texts": values["mom2_n_samples"],
+            "max_length": 128,
+            "dtype": "float32",
+            "folder": str(folder),
+        },
+        context_lengths=[],
+        contexts=[[text.removesuffix("{}") for text in group] for group in groups],
+        batch_size=len(meta["data"]["request_ids_per_edit_call"][0]),
+        engine=engine,
+    )
+
+
+@pytest.fixture(scope="module", params=VARIANTS, ids="-".join)
+def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+    size, engine = request.param
+    folder = BASELINES / "memit" / size
+    meta = json.loads((folder / "meta.json").read_text())
+    asked = json.loads((BASELINES / "memit" / "requests.json").read_text())
+    editor = published_editor(meta, engine, tmp_path_factory.mktemp("statistics"))
+    calls = meta["data"]["request_ids_per_edit_call"]
+    found = Run(load_file(folder / "tensors.safetensors"), calls, editor, asked)
+    moments = {path: SecondMoment(found.recorded[f"cov/{path}"], 1) for path in MODULES.values()}
+    write, update = editor._write, editor._update
+
+    def noting(rows: Any, reading: Reading, hidden: Hidden) -> None:
+        found.hidden.append(hidden)
+        found.written.append([])
+        write(rows, reading, hidden)
+
+    def noting_update(path: str, keys: Tensor, residual: Tensor) -> Tensor:
+        change = update(path, keys, residual)
+        found.written[-1].append(Written(path, keys, residual, change))
+        return change
+
+    with pytest.MonkeyPatch.context() as patch:
+        # The published code estimated layer 2's moment at its first use, after layer 1 had been changed (CARD.md).
+        patch.setattr("horen_bench.editors.memit.second_moments", lambda *_: moments)
+        patch.setattr(editor, "_write", noting)
+        patch.setattr(editor, "_update", noting_update)
+        for ids in calls:
+            found.records += editor.edit([case_of(i, asked[i]) for i in ids])
+            found.weights.append({path: weight.detach().clone() for path, weight in editor.pristine.weights.items()})
+    yield found
+    editor.detach()
+
+
+def test_every_request_is_written(run: Run) -> None:
+    assert [record.problem for record in run.records] == [None] * len(run.asked)
+
+
+def test_second_moments_are_the_recorded_ones(run: Run) -> None:
+    """Of the first layer; the recorded one of the second was estimated on an edited model."""
+    editor = run.editor
+    fresh = AutoModelForCausalLM.from_pretrained(BASELINES / "model").requires_grad_(False)
+    moments = second_moments(fresh, editor.tokenizer, editor.modules, editor.recipe)
+    recorded = load_file(BASELINES / "memit" / "sequential" / "tensors.safetensors")
+    assert relative(moments[MODULES[1]].mean, recorded[f"cov/{MODULES[1]}"]) < 1e-5
+
+
+def test_rows_hold_the_recorded_tokens(run: Run) -> None:
+    tokenizer, contexts = run.editor.tokenizer, run.editor.contexts
+    assert contexts is not None
+    for k, i in enumerate(run.calls[0]):
+        ids, at = run.recorded[f"edit00/z{k}/input_ids"], run.recorded[f"edit00/z{k}/lookup_idxs"]
+        labels = run.recorded[f"edit00/z{k}/rewriting_targets"]
+        rows = rows_of(tokenizer, [request_of(tokenizer, case_of(i, run.asked[i]))], contexts)
+        assert len(rows) == len(ids)
+        for j, row in enumerate(rows):
+            assert list(row.ids) == ids[j, : len(row.ids)].tolist()
+            assert row.subject == at[j].item()
+            if row.labels:
+                assert list(row.labels) == [label for label in labels[j].tolist() if label != -100]
+
+
+def test_hidden_vectors_and_their_losses_agree(run: Run) -> None:
+    for i, ids in enumerate(run.calls):
+        for k in range(len(ids)):
+            recorded = {
+                name: run.recorded[f"edit{i:02d}/z{k}/{name}"] for name in ("target_init", "delta", "z", "losses")
+            }
+            hidden = run.hidden[i]
+            assert relative(hidden.initial[k], recorded["target_init"]) < 1e-3
+            assert relative(hidden.delta[k], recorded["delta"]) < 1e-3
+            assert relative(hidden.target[k], recorded["z"]) < 1e-3
+            ours = torch.tensor(hidden.losses[k])
+            assert ours.shape == recorded["losses"].shape
+            assert relative(ours, recorded["losses"]) < 1e-3
+
+
+def test_keys_residuals_and_updates_agree(run: Run) -> None:
+    for layer, path in MODULES.items():
+        for i, keys in run.turns(f"layer{layer}/ks"):
+            (written,) = [one for one in run.written[i] if one.path == path]
+            assert relative(written.keys.T, keys) < 1e-3
+            assert relative(written.residual.T, run.recorded[f"edit{i:02d}/layer{layer}/resid"]) < 1e-3
+        for i, change in run.turns(f"layer{layer}/upd_matrix"):
+            (written,) = [one for one in run.written[i] if one.path == path]
+            assert relative(written.update, change) < 1e-3
+
+
+def test_weights_agree(run: Run) -> None:
+    for path in MODULES.values():
+        compared = run.turns(f"weight_after/{path}.weight")
+        assert compared[-1][0] == len(run.calls) - 1
+        for i, weight in compared:
+            assert relative(run.weights[i][path], weight) < 1e-3
+
+
+def test_generations_are_the_recorded_tokens(run: Run) -> None:
+    prompts = [item[kind] for item in run.asked for kind in ("prompt", "rephrase", "locality_prompt")]
+    rows = encode_prompts(run.editor.tokenizer, prompts)
+    last = torch.stack([run.editor.model(torch.tensor([row])).logits[0, -1] for row in rows])
+    assert relative(last, run.recorded["post/last_logits"]) < 1e-3
+    expected = [[token for token in row if token != -1] for row in run.recorded["post/generations"].tolist()]
+    decoded = greedy_decode(run.editor.model, rows, [8] * len(rows), pad_id=0)
+    assert [row[: len(end)] for row, end in zip(decoded, expected, strict=True)] == expected
