@@ -67,7 +67,7 @@ def _load_from_hub(source: str) -> Sequence[Any]:
     name, _, configuration = source.partition(":")
     advice = "give a local .txt, .jsonl or .json file instead"
     try:
-        from datasets import load_dataset
+        from datasets import load_dataset  # noqa: PLC0415 - only whoever asks for a hub corpus needs it
     except ImportError as error:
         raise UserError(
             f"method.statistics.corpus={source} is read with the package datasets; pip install datasets, or {advice}"
