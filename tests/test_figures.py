@@ -49,4 +49,7 @@ def test_a_run_with_one_checkpoint_has_no_curve(tmp_path: Path, capsys: pytest.C
     store = RunStore(tmp_path / "run")
     store.add_checkpoint(row(100, 10.0), pd.DataFrame({"n": [100]}))
     assert main([str(store.path), "--out", str(tmp_path / "x")]) == 2
-    assert capsys.readouterr().err == f"error: {store.path} has 1 checkpoints; a curve needs at least two\n"
+    assert (
+        capsys.readouterr().err
+        == f"error: {store.path} has 1 checkpoints under protocol greedy; a curve needs at least two\n"
+    )

@@ -65,7 +65,7 @@ def table() -> pd.DataFrame:
     answers = [said(SAID[q.prompt][0]) for q in questions]
     base = [said(SAID[q.prompt][1]) for q in questions]
     asked = asked_table(examiner, questions, answers, base, [SAID[q.prompt][2] for q in questions])
-    return per_case(range(len(CASES)), CASES, RECORDS, asked)
+    return per_case(range(len(CASES)), CASES, RECORDS, asked, "greedy")
 
 
 def test_scores_are_means_over_a_cases_questions_and_missing_where_it_asks_none() -> None:

@@ -91,7 +91,7 @@ def test_each_key_of_a_file_is_an_argument_of_its_class_and_no_argument_is_forgo
     arguments = inspect.signature(get_class(values["_target_"])).parameters
     assert all(one.kind not in (one.VAR_KEYWORD, one.VAR_POSITIONAL) for one in arguments.values())
     needed = {key for key, one in arguments.items() if one.default is one.empty}
-    keys = set(values) - {"_target_", "name", "label"}
+    keys = set(values) - {"_target_", "name", "label", "protocol"}
     assert keys <= set(arguments) - passed
     assert needed <= keys | passed
 

@@ -26,6 +26,11 @@ from horen_bench.store import RunStore, cached_answers, identity
 ONE_CASE = pd.DataFrame({"case_id": ["a"]})
 
 
+def place(n: int, protocol: str = "greedy") -> dict[str, Any]:
+    """What names a checkpoint."""
+    return {"n": n, "protocol": protocol}
+
+
 def files(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
@@ -84,7 +89,7 @@ def grow(store: RunStore) -> dict[str, Callable[[], None]]:
     big = pd.DataFrame({"text": [f"{i} " * 20 for i in range(2000)]})
     return {
         "state": lambda: store.save_state({"x": torch.zeros(20_000)}, {"position": 2}),
-        "checkpoint": lambda: store.add_checkpoint({"n": 2}, big),
+        "checkpoint": lambda: store.add_checkpoint(place(2), big),
         "text": lambda: write_text(store.path / "config.yaml", "x" * 20_000),
     }
 
@@ -93,7 +98,7 @@ def grow(store: RunStore) -> dict[str, Callable[[], None]]:
 def test_a_disk_that_fills_while_flushing_keeps_what_was_stored(
     store: RunStore, what: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store.add_checkpoint({"n": 1}, ONE_CASE)
+    store.add_checkpoint(place(1), ONE_CASE)
     store.save_state({"x": torch.ones(2)}, {"position": 1})
     before = files(store.path)
 
@@ -104,7 +109,7 @@ def test_a_disk_that_fills_while_flushing_keeps_what_was_stored(
         patch.setattr(os, "fsync", full)
         grow(store)[what]()
     assert files(store.path) == before
-    assert store.rows() == [{"n": 1}]
+    assert store.rows() == [place(1)]
     state = store.load_state()
     assert state is not None
     assert state[1] == {"position": 1}
@@ -114,12 +119,12 @@ LIMITED = """
 import resource, signal, sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
-from test_store import grow, ONE_CASE
+from test_store import grow, place, ONE_CASE
 import torch
 from horen_bench.errors import UserError
 from horen_bench.store import RunStore
 store = RunStore(Path({path!r}))
-store.add_checkpoint({{"n": 1}}, ONE_CASE)
+store.add_checkpoint(place(1), ONE_CASE)
 store.save_state({{"x": torch.ones(2)}}, {{"position": 1}})
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (8192, resource.RLIM_INFINITY))
@@ -144,8 +149,12 @@ def test_a_write_that_the_system_cuts_short_keeps_what_was_stored(store: RunStor
             "; mend that, or choose another place with results_dir= and run the same command again, "
             "what is finished is kept"
         )
-    assert files(store.path) == ["cases.parquet/000000001.parquet", "checkpoints.csv", "state/stream.safetensors"]
-    assert store.rows() == [{"n": 1}]
+    assert files(store.path) == [
+        "cases.parquet/000000001-greedy.parquet",
+        "checkpoints.csv",
+        "state/stream.safetensors",
+    ]
+    assert store.rows() == [place(1)]
     state = store.load_state()
     assert state is not None
     assert state[1] == {"position": 1}
@@ -164,7 +173,7 @@ def test_an_empty_store_has_no_rows_no_cases_and_no_state(store: RunStore) -> No
 def test_checkpoints_come_back_in_order_and_replace_their_own_n(store: RunStore) -> None:
     for n, rel in ((20, 0.25), (10, 0.5), (20, 0.75)):
         cases = pd.DataFrame({"n": n, "rel": [rel] * n, "answers": [["a", "b"]] * n})
-        store.add_checkpoint({"n": n, "rel": rel, "warnings": None}, cases)
+        store.add_checkpoint(place(n) | {"rel": rel, "warnings": None}, cases)
     rows = store.checkpoints()
     assert rows["n"].tolist() == [10, 20]
     assert rows["rel"].tolist() == [0.5, 0.75]
@@ -175,11 +184,18 @@ def test_checkpoints_come_back_in_order_and_replace_their_own_n(store: RunStore)
     assert list(cases["answers"].iloc[0]) == ["a", "b"]
 
 
+def test_protocols_of_one_checkpoint_stand_beside_each_other(store: RunStore) -> None:
+    for n, protocol in ((10, "release"), (10, "greedy"), (5, "release"), (10, "release")):
+        store.add_checkpoint(place(n, protocol), ONE_CASE.assign(n=n, protocol=protocol))
+    assert store.rows() == [place(10, "greedy"), place(5, "release"), place(10, "release")]
+    assert store.cases()[["n", "protocol"]].to_dict("records") == store.rows()
+
+
 def test_a_row_reads_back_as_it_was_written_however_often_others_join_it(store: RunStore) -> None:
-    row = {"n": 1, "rel": 0.1 + 0.2, "edit_seconds": 1 / 3, "warnings": 'two\nlines, a comma and a "quote"'}
+    row = {**place(1), "rel": 0.1 + 0.2, "edit_seconds": 1 / 3, "warnings": 'two\nlines, a comma and a "quote"'}
     store.add_checkpoint(row, ONE_CASE)
     for n in range(2, 6):
-        store.add_checkpoint({"n": n, "mhop": 0.5}, ONE_CASE)
+        store.add_checkpoint(place(n) | {"mhop": 0.5}, ONE_CASE)
     first = store.rows()[0]
     assert {name: first[name] for name in row} == row
     assert math.isnan(first["mhop"])
@@ -187,21 +203,21 @@ def test_a_row_reads_back_as_it_was_written_however_often_others_join_it(store: 
 
 @pytest.mark.parametrize("run", ["0012345678", "12e4567890"])
 def test_a_run_id_that_looks_like_a_number_stays_text(store: RunStore, run: str) -> None:
-    store.add_checkpoint({"n": 1, "run": run}, ONE_CASE)
+    store.add_checkpoint(place(1) | {"run": run}, ONE_CASE)
     assert store.rows()[0]["run"] == run
 
 
 def test_cases_without_their_row_do_not_count(store: RunStore) -> None:
     """A process that dies between the two files of a checkpoint has not reached it."""
-    store.add_checkpoint({"n": 1}, ONE_CASE.assign(n=1))
-    with replacing(store.path / "cases.parquet" / "000000002.parquet") as temporary:
+    store.add_checkpoint(place(1), ONE_CASE.assign(n=1))
+    with replacing(store.path / "cases.parquet" / "000000002-greedy.parquet") as temporary:
         ONE_CASE.assign(n=2).to_parquet(temporary)
     assert store.cases()["n"].tolist() == [1]
 
 
 def test_clear_forgets_everything_but_the_lock(store: RunStore) -> None:
     with store.locked():
-        store.add_checkpoint({"n": 1}, ONE_CASE)
+        store.add_checkpoint(place(1), ONE_CASE)
         store.save_state({}, {"position": 1})
         write_text(store.path / "config.yaml", "n: 1")
         store.clear()
@@ -260,7 +276,6 @@ def changed(path: str, value: object) -> dict[str, Any]:
     ("path", "value"),
     [
         ("seed", 43),
-        ("protocol", "release"),
         ("method.threshold", 0.7),
         ("method.hopfield.beta", 10.0),
         ("method.new_constant", None),
@@ -281,6 +296,8 @@ def test_what_changes_the_numbers_makes_another_run(path: str, value: object) ->
     [
         ("n", 5),
         ("checkpoints", [1, 2]),
+        ("protocol", ["release", "greedy"]),
+        ("dataset.protocol", "teacher_forced"),
         ("results_dir", "elsewhere"),
         ("data_dir", "elsewhere"),
         ("dataset.path", "elsewhere.json"),

@@ -244,6 +244,23 @@ def test_a_longer_run_goes_on_from_a_shorter_one(tmp_path: Path, whole: RunStore
     pd.testing.assert_frame_equal(second.rows.head(1)[MEASURED], first.rows[MEASURED])  # the row itself was kept
 
 
+def test_one_stream_of_edits_is_questioned_under_several_protocols(tmp_path: Path, whole: RunStore) -> None:
+    """Each protocol has rows of its own, those of a run under it alone; one that is asked later edits again."""
+    both = run(config(tmp_path / "both", 6, [2, 4], protocol=["teacher_forced", "greedy"]))
+    assert DriftEditor.written == list("012345")
+    assert both.rows[["n", "protocol"]].to_numpy().tolist() == [
+        [n, protocol] for protocol in ("greedy", "teacher_forced") for n in (2, 4, 6)
+    ]
+    greedy = both.store.checkpoints().query("protocol == 'greedy'").drop(columns=MEASURED)
+    pd.testing.assert_frame_equal(greedy, whole.checkpoints().drop(columns=MEASURED), check_exact=True)
+    later = run(config(tmp_path / "later", 6, [2, 4]))
+    added = run(config(tmp_path / "later", 6, [2, 4], protocol="teacher_forced"))
+    assert added.store.path == later.store.path
+    assert added.rows["protocol"].tolist() == ["teacher_forced"] * 3
+    assert_same_numbers(added.store, both.store)
+    assert run(config(tmp_path / "later", 4, [2], protocol=["greedy", "teacher_forced"])).reused
+
+
 def test_an_earlier_checkpoint_that_is_missing_starts_over_and_keeps_the_rest(tmp_path: Path, whole: RunStore) -> None:
     first = run(config(tmp_path, 6, [4]))
     before = first.store.checkpoints()

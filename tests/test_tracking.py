@@ -155,14 +155,14 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run_dir
 
 
-def _metrics(n: int, rel: float, items: int) -> dict[str, Any]:
+def _metrics(step: int, n: int, rel: float, items: int) -> dict[str, Any]:
     return {
-        "_step": n,
+        "_step": step,
         "edits": n,
-        "rel": rel,
-        "rel_low": 0.25,
-        "same_subject": 0.75,
-        "items": items,
+        "greedy/rel": rel,
+        "greedy/rel_low": 0.25,
+        "greedy/same_subject": 0.75,
+        "greedy/items": items,
         "cost/edit_seconds": 1.5 * n,
         "cost/eval_seconds": 2.0,
         "cost/edits_per_second": 2 / 3,
@@ -172,7 +172,7 @@ def _metrics(n: int, rel: float, items: int) -> dict[str, Any]:
 
 
 def test_each_checkpoint_is_one_history_row_without_missing_values(finished: Path) -> None:
-    assert _history(_closed(finished)[0]) == [_metrics(10, 0.51, 20), _metrics(20, 0.25, 7)]
+    assert _history(_closed(finished)[0]) == [_metrics(0, 10, 0.51, 20), _metrics(1, 20, 0.25, 7)]
 
 
 def test_every_metric_is_drawn_against_edits(finished: Path) -> None:
@@ -191,9 +191,9 @@ def test_run_carries_id_name_group_tags_and_config(finished: Path) -> None:
 
 def test_summary_is_the_last_row_with_its_texts(finished: Path) -> None:
     summary = _summary(_closed(finished)[0])
-    expected = {**_metrics(20, 0.25, 7), "protocol": "greedy", "warnings": "slow; hot"}
+    expected = {**_metrics(1, 20, 0.25, 7), "warnings": "slow; hot"}
     assert {key: summary.get(key) for key in expected} == expected
-    assert not {"op", "loc"} & set(summary)
+    assert not {"greedy/op", "greedy/loc"} & set(summary)
 
 
 def test_finished_run_exits_with_code_zero(finished: Path) -> None:
@@ -258,7 +258,7 @@ def test_resumed_run_keeps_its_id_and_logs_only_what_is_missing(tmp_path: Path) 
     first.log(_row(20))
     first.log(_row(20))
     first.abort()
-    assert json.loads((tmp_path / "wandb.json").read_text()) == {"run_id": RUN_ID, "logged": [10, 20]}
+    assert json.loads((tmp_path / "wandb.json").read_text()) == {"run_id": RUN_ID, "logged": ["greedy/10", "greedy/20"]}
 
     second = _tracker()
     second.start(tmp_path, RUN_ID, CONFIG, [_row(10), _row(20), _row(30)])
@@ -271,19 +271,19 @@ def test_resumed_run_keeps_its_id_and_logs_only_what_is_missing(tmp_path: Path) 
     assert {run.run_id for records in processes for run in _of(records, "run")} == {RUN_ID}
     assert all(run.resume for records in processes for run in _of(records, "run"))
     assert [_of(records, "exit")[0].exit_code for records in processes] == [1, 0]
-    assert _summary(processes[0])["protocol"] == "greedy"
-    assert json.loads((tmp_path / "wandb.json").read_text())["logged"] == [10, 20, 30, 40]
+    assert [row["_step"] for records in processes for row in _history(records)] == [0, 1, 2, 3]
+    assert json.loads((tmp_path / "wandb.json").read_text())["logged"] == [f"greedy/{n}" for n in (10, 20, 30, 40)]
     assert {path.name for path in tmp_path.iterdir()} == {"wandb", "wandb.json"}
 
 
 def test_resumed_run_with_nothing_left_to_log_still_has_its_summary(tmp_path: Path) -> None:
-    (tmp_path / "wandb.json").write_text(json.dumps({"run_id": RUN_ID, "logged": [10]}))
+    (tmp_path / "wandb.json").write_text(json.dumps({"run_id": RUN_ID, "logged": ["greedy/10"]}))
     tracker = _tracker()
     tracker.start(tmp_path, RUN_ID, CONFIG, [_row(10)])
     tracker.finish(CASES)
     records = _closed(tmp_path)[0]
     assert _history(records) == []
-    assert _summary(records)["rel"] == 0.51
+    assert _summary(records)["greedy/rel"] == 0.51
 
 
 def test_run_that_another_directory_has_tracked_gets_an_id_of_its_own(
@@ -362,7 +362,7 @@ def test_no_tracker_leaves_wandb_unimported(tmp_path: Path) -> None:
         tracking.WandbTracker(project="p", entity=None, mode="online", group=None, tags=[])
         tracker = tracking.NoTracker()
         tracker.start(Path(), "id", {}, [])
-        tracker.log({"n": 1})
+        tracker.log({"n": 1, "protocol": "greedy"})
         tracker.finish(None)
         tracker.abort()
         print("wandb" in sys.modules, tracker.problem)
@@ -406,12 +406,12 @@ def test_run_goes_on_when_the_client_dies(tmp_path: Path) -> None:
         from horen_bench.tracking import WandbTracker
         tracker = WandbTracker(project="p", entity=None, mode="offline", group=None, tags=[])
         tracker.start(Path(sys.argv[1]), "id", {CONFIG!r}, [])
-        tracker.log({{"n": 10}})
+        tracker.log({{"n": 10, "protocol": "greedy"}})
         (client,) = [child for child in psutil.Process().children() if "wandb-core" in child.name()]
         client.kill()
         time.sleep(0.5)
         for n in (20, 30):
-            tracker.log({{"n": n}})
+            tracker.log({{"n": n, "protocol": "greedy"}})
         tracker.finish(pd.DataFrame())
         print(tracker.problem)
     """
@@ -420,7 +420,7 @@ def test_run_goes_on_when_the_client_dies(tmp_path: Path) -> None:
     problem = _python(script, tmp_path, run_dir).strip().splitlines()[-1]
     assert problem.startswith("W&B tracking stopped at 20 edits (ConnectionResetError")
     assert problem.endswith("the stored results are not affected.")
-    assert json.loads((run_dir / "wandb.json").read_text()) == {"run_id": "id", "logged": [10]}
+    assert json.loads((run_dir / "wandb.json").read_text()) == {"run_id": "id", "logged": ["greedy/10"]}
 
 
 def test_run_is_closed_even_where_its_cases_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -440,7 +440,7 @@ def test_rows_of_a_killed_process_are_in_its_file(tmp_path: Path) -> None:
         from horen_bench.tracking import WandbTracker
         tracker = WandbTracker(project="p", entity=None, mode="offline", group=None, tags=[])
         tracker.start(Path(sys.argv[1]), "id", {CONFIG!r}, [])
-        tracker.log({{"n": 10}})
+        tracker.log({{"n": 10, "protocol": "greedy"}})
         time.sleep(2.5)
         os.kill(os.getpid(), 9)
     """

@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 from horen_bench.errors import UserError
 from horen_bench.resources import resource
 
-_LABELS = ("name", "label")  # for rows and tables; no constructor takes them
+_LABELS = ("name", "label", "protocol")  # for rows and tables, and the run's own; no constructor takes them
 
 
 def build(part: Mapping[str, Any], what: str, **more: Any) -> Any:

@@ -37,7 +37,11 @@ def asked_table(
 
 
 def per_case(
-    positions: Sequence[int], cases: Sequence[EditCase], records: Sequence[EditRecord], asked: pd.DataFrame
+    positions: Sequence[int],
+    cases: Sequence[EditCase],
+    records: Sequence[EditRecord],
+    asked: pd.DataFrame,
+    protocol: str,
 ) -> pd.DataFrame:
     """One row per case: what was written and how, and for each family of questions score and answers.
 
@@ -49,10 +53,12 @@ def per_case(
         cases: all cases up to the checkpoint, whose number is in every row (`n`).
         records: what happened to each of them.
         asked: what `asked_table` gives.
+        protocol: how they were asked, in every row.
     """
     table = pd.DataFrame(
         {
             "n": len(cases),
+            "protocol": protocol,
             "position": i,
             "case_id": cases[i].id,
             "prompt": cases[i].prompt,

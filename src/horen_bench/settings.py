@@ -62,7 +62,8 @@ def check(config: Config) -> None:
         raise UserError(f"save_every must be a number of seconds, got {config['save_every']!r}")
     if not isinstance(config["force"], bool):
         raise UserError(f"force must be true or false, got {config['force']!r}")
-    protocol_of(config["protocol"], "generate")
+    for protocol in protocols_of(config):
+        protocol_of(protocol, "generate")
     if config["locality"] not in ("all", "clean"):
         raise UserError(f"locality must be all or clean, got {config['locality']!r}")
     bare = _model_without_weights(config["model"])
@@ -73,6 +74,12 @@ def check(config: Config) -> None:
 def checkpoints_of(config: Config) -> list[int]:
     """The checkpoints up to `n`, ascending; `n` always is one."""
     return sorted({c for c in config["checkpoints"] if c < config["n"]} | {config["n"]})
+
+
+def protocols_of(config: Config) -> list[str]:
+    """Names of the protocols under which the model is questioned: one, or a list without repetitions."""
+    chosen = config["protocol"]
+    return list(dict.fromkeys(chosen)) if isinstance(chosen, list) else [chosen]
 
 
 def editor_class(config: Config) -> type[Editor]:

@@ -1,14 +1,14 @@
 """Run directories: what a run wrote down, in files that are whole at every moment.
 
-A run is a stream of edits into one model by one method; its identity does not depend on how far the stream
-went, so N = 100 and N = 1000 of the same stream share a directory:
+A run is a stream of edits into one model by one method; its identity does not depend on how far the stream went or
+on how the model was questioned, so N = 100 and N = 1000 of the same stream, under any protocol, share a directory:
 
     <results_dir>/runs/<model>-<method>-<dataset>-<identity>/
         config.yaml          the resolved configuration
         environment.json     versions, device, commit
         stream.json          ids of the cases in order, and their hash
-        checkpoints.csv      one row per checkpoint
-        cases.parquet/       one file per checkpoint, one row per case
+        checkpoints.csv      one row per checkpoint and protocol
+        cases.parquet/       one file per checkpoint and protocol, one row per case
         state/               where the stream stands, to go on from
 
 Every write goes to a temporary file that is flushed and renamed, so a process killed at any moment leaves
@@ -32,8 +32,8 @@ from torch import Tensor
 from horen_bench.atomic import replacing, unwritable, write_text
 from horen_bench.errors import UserError
 
-# Two processes that agree on these go on with one run; n, paths, device and the like may differ.
-_LASTING = ("method", "protocol", "locality", "eval_cases", "seed")
+# Two processes that agree on these go on with one run; n, protocol, paths, device and the like may differ.
+_LASTING = ("method", "locality", "eval_cases", "seed")
 # The rest of a model's file reaches a run only through what the method interpolates from it.
 _LASTING_OF_MODEL = ("name", "hub_id", "revision", "dtype")
 # Where a data file lies says nothing; what it holds is compared by the hash of the cases in each row.
@@ -45,7 +45,7 @@ _LOCK = ".lock"
 def identity(config: Mapping[str, Any]) -> str:
     """Ten hex digits that name a run: a hash of its resolved configuration without the volatile parts."""
     lasting = {key: config[key] for key in _LASTING}
-    lasting["dataset"] = {key: value for key, value in config["dataset"].items() if key not in _PATHS}
+    lasting["dataset"] = {key: value for key, value in config["dataset"].items() if key not in (*_PATHS, "protocol")}
     lasting["model"] = {key: config["model"][key] for key in _LASTING_OF_MODEL}
     return hashlib.sha256(json.dumps(lasting, sort_keys=True).encode()).hexdigest()[:10]
 
@@ -103,9 +103,9 @@ class RunStore:
     # --- Results ---------------------------------------------------------------------------------------
 
     def checkpoints(self) -> pd.DataFrame:
-        """The checkpoint rows in order of `n`; empty if there is none."""
+        """The checkpoint rows, by protocol in order of `n`; empty if there is none."""
         if not self._checkpoints.exists():
-            return pd.DataFrame({"n": pd.Series(dtype="int64")})
+            return pd.DataFrame({"n": pd.Series(dtype="int64"), "protocol": pd.Series(dtype=str)})
         return pd.read_csv(self._checkpoints, dtype=dict.fromkeys(("run", "cases", "weights"), str))
 
     def rows(self) -> list[dict[str, Any]]:
@@ -114,27 +114,26 @@ class RunStore:
         return [{str(key): value for key, value in row.items()} for row in records]
 
     def cases(self) -> pd.DataFrame:
-        """The per-case rows of all checkpoints, column `n` first; empty if there is none."""
-        numbers = self.checkpoints()["n"]
-        parts = [pd.read_parquet(self._part(n)) for n in numbers if self._part(n).exists()]
+        """The per-case rows of all checkpoints, columns `n` and `protocol` first; empty if there is none."""
+        parts = [pd.read_parquet(part) for row in self.rows() if (part := self._part(row)).exists()]
         return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
 
     def add_checkpoint(self, row: Mapping[str, Any], cases: pd.DataFrame) -> None:
         """Write the per-case rows, then the checkpoint's row, which makes them count.
 
         Args:
-            row: the row; `n` names the checkpoint, None is a missing value.
+            row: the row; `n` and `protocol` name the checkpoint, None is a missing value.
             cases: one row per case.
         """
-        with replacing(self._part(row["n"])) as temporary:
+        with replacing(self._part(row)) as temporary:
             cases.to_parquet(temporary, index=False)
-        others = [old for old in self.rows() if old["n"] != row["n"]]
-        rows = sorted([*others, dict(row)], key=lambda one: one["n"])
+        others = [old for old in self.rows() if _place(old) != _place(row)]
+        rows = sorted([*others, dict(row)], key=_place)
         with replacing(self._checkpoints) as temporary:
             pd.DataFrame(rows).to_csv(temporary, index=False)
 
-    def _part(self, n: int) -> Path:
-        return self._cases / f"{n:09d}.parquet"
+    def _part(self, row: Mapping[str, Any]) -> Path:
+        return self._cases / f"{row['n']:09d}-{row['protocol']}.parquet"
 
     # --- State -----------------------------------------------------------------------------------------
 
@@ -164,6 +163,11 @@ class RunStore:
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise UserError(f"{self._state} is damaged ({error}); start the run again with force=true") from error
         return tensors, progress
+
+
+def _place(row: Mapping[str, Any]) -> tuple[str, int]:
+    """What makes a checkpoint row one of its kind in its run."""
+    return row["protocol"], row["n"]
 
 
 # --- What the base model answers ---------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """The run: write the stream of edits, question the model at each checkpoint, record, go on after a stop."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from horen_bench.evaluation import Answer, Examiner, Question, protocol_of, ques
 from horen_bench.measurement import Stopwatch, environment, peak_memory
 from horen_bench.models.loading import default_device, load_model
 from horen_bench.rows import asked_table, per_case, summary
-from horen_bench.settings import Config, build_editor, check, checkpoints_of, editor_class
+from horen_bench.settings import Config, build_editor, check, checkpoints_of, editor_class, protocols_of
 from horen_bench.store import RunStore, cached_answers, identity
 from horen_bench.tracking import Tracker
 
@@ -57,7 +57,7 @@ def run(config: Config, console: Console) -> RunResult:
         UserError: the configuration cannot be run, or the disk refuses.
     """
     check(config)
-    wanted = checkpoints_of(config)
+    wanted = [(n, protocol) for n in checkpoints_of(config) for protocol in protocols_of(config)]
     dataset: Dataset = build(config["dataset"], "dataset")
     cases = dataset.cases(config["n"])
     if editor_class(config).needs_subject and all(case.subject is None for case in cases):
@@ -70,20 +70,27 @@ def run(config: Config, console: Console) -> RunResult:
     store = RunStore(Path(config["results_dir"]) / "runs" / "-".join([*names, run_id]))
     with store.locked():
         done = set() if config["force"] else _finished(store, cases)
-        missing = [n for n in wanted if n not in done]
+        missing = _by_n([one for one in wanted if one not in done])
         problem = None
         if missing:
             tracker: Tracker = build(config["tracker"], "tracker")
-            stream = _prepare(
-                config, cases, checkpoints=missing, warnings=dataset.warnings(), store=store, console=console
-            )
-            stream.take_up(before=missing[0])
+            stream = _prepare(config, cases, missing=missing, warnings=dataset.warnings(), store=store, console=console)
+            stream.take_up(before=min(missing))
             problem = _tracked(stream, missing, tracker, config)
-        rows = store.checkpoints()
-        return RunResult(store, rows[rows["n"].isin(wanted)], reused=not missing, tracking_problem=problem)
+        return RunResult(store, _rows_of(store, wanted), reused=not missing, tracking_problem=problem)
 
 
-def _tracked(stream: "Stream", missing: Sequence[int], tracker: Tracker, config: Config) -> str | None:
+def _by_n(checkpoints: Sequence[tuple[int, str]]) -> dict[int, list[str]]:
+    """Protocols by number of edits, in order."""
+    return {n: [protocol for m, protocol in checkpoints if m == n] for n, _ in checkpoints}
+
+
+def _rows_of(store: RunStore, wanted: Sequence[tuple[int, str]]) -> pd.DataFrame:
+    rows = store.checkpoints()
+    return rows[[one in wanted for one in zip(rows["n"], rows["protocol"], strict=True)]]
+
+
+def _tracked(stream: "Stream", missing: Mapping[int, Sequence[str]], tracker: Tracker, config: Config) -> str | None:
     tracker.start(stream.store.path, stream.facts["run"], config, stream.store.rows())
     try:
         for row in stream.proceed(missing):
@@ -95,12 +102,12 @@ def _tracked(stream: "Stream", missing: Sequence[int], tracker: Tracker, config:
     return tracker.problem
 
 
-def _finished(store: RunStore, cases: Sequence[EditCase]) -> set[int]:
-    """The checkpoints that are stored, which must be about these cases."""
+def _finished(store: RunStore, cases: Sequence[EditCase]) -> set[tuple[int, str]]:
+    """N and protocol of the checkpoints that are stored, which must be about these cases."""
     rows = [row for row in store.rows() if row["n"] <= len(cases)]
     if any(row["cases"] != fingerprint(cases[: row["n"]]) for row in rows):
         raise _other_cases(store)
-    return {row["n"] for row in rows}
+    return {(row["n"], row["protocol"]) for row in rows}
 
 
 def _other_cases(store: RunStore) -> UserError:
@@ -114,7 +121,7 @@ def _prepare(
     config: Config,
     cases: list[EditCase],
     *,
-    checkpoints: Sequence[int],
+    missing: Mapping[int, Sequence[str]],
     warnings: list[str],
     store: RunStore,
     console: Console,
@@ -134,28 +141,28 @@ def _prepare(
     if config["force"]:
         store.clear()  # only now: what is finished is not given up for a model that does not load
     store.describe(OmegaConf.to_yaml(OmegaConf.create(dict(config))), environment(device), stream_ids(cases))
-    protocol = protocol_of(config["protocol"], editor_class(config).release_mode)
-    examiner = Examiner(loaded.model, loaded.tokenizer, protocol, config["batch_size"])
-    asked = {i for n in checkpoints for i in sample(n, config["eval_cases"], config["seed"])}
+    asked = {i for n in missing for i in sample(n, config["eval_cases"], config["seed"])}
     questions = questions_about(cases, sorted(asked))
-    cache = Path(config["results_dir"]) / "base_answers" / f"{loaded.fingerprint}-{protocol.cache_name}.json"
+    exams: dict[str, Exam] = {}
     with _progress(console) as progress:
-        base = _base_answers(cache, examiner, questions, progress)
+        for name in dict.fromkeys(protocol for protocols in missing.values() for protocol in protocols):
+            protocol = protocol_of(name, editor_class(config).release_mode)
+            examiner = Examiner(loaded.model, loaded.tokenizer, protocol, config["batch_size"])
+            cache = Path(config["results_dir"]) / "base_answers" / f"{loaded.fingerprint}-{protocol.cache_name}.json"
+            exams[name] = Exam(examiner, _base_answers(cache, examiner, questions, progress))
     editor = build_editor(config, loaded.model, loaded.tokenizer)
     facts = {
         "run": identity(config),
         **{part: config[part]["name"] for part in ("model", "method", "dataset")},
-        "protocol": protocol.name,
         "seed": config["seed"],
         "device": device,
         "weights": loaded.fingerprint,
     }
     return Stream(
         editor=editor,
-        examiner=examiner,
+        exams=exams,
         cases=cases,
         questions=questions,
-        base=base,
         store=store,
         facts=facts,
         warnings=warnings,
@@ -213,15 +220,55 @@ class Position:
 
 
 @dataclass(slots=True)
+class Exam:
+    """One protocol of a run.
+
+    Attributes:
+        examiner: asks the model questions.
+        base: the unedited model's answer to each question.
+        answered: what a memory's entry made the model answer, by question: entry and version, answer.
+    """
+
+    examiner: Examiner
+    base: list[Answer]
+    answered: dict[int, tuple[tuple[int | None, int], Answer]] = field(default_factory=dict)
+
+    def answers(
+        self,
+        questions: Sequence[Question],
+        chosen: Sequence[int],
+        routes: Sequence[Route | None],
+        advance: Callable[[int], None],
+    ) -> list[Answer]:
+        """Answers to the questions at `chosen`, asking the model no more than necessary.
+
+        Where no entry acts, the edited model is the base model, whose answer is known; where the same entry with the
+        same value acts as at an earlier checkpoint, so is the answer. Both hold exactly, since a route decides all
+        that a memory editor does. Editors without a router are asked everything.
+        """
+        known = {i: self.base[i] for i, route in zip(chosen, routes, strict=True) if route and not route.matched}
+        for i, route in zip(chosen, routes, strict=True):
+            earlier = self.answered.get(i)
+            if route and route.matched and earlier and earlier[0] == (route.entry, route.version):
+                known[i] = earlier[1]
+        asking = [i for i in chosen if i not in known]
+        advance(len(known))
+        known |= dict(zip(asking, self.examiner.ask([questions[i] for i in asking], advance), strict=True))
+        for i, route in zip(chosen, routes, strict=True):
+            if route and route.matched:
+                self.answered[i] = ((route.entry, route.version), known[i])
+        return [known[i] for i in chosen]
+
+
+@dataclass(slots=True)
 class Stream:
     """One editor at work on one stream of cases.
 
     Attributes:
         editor: the method, on the model.
-        examiner: asks the model questions.
+        exams: how the model is questioned, by protocol.
         cases: the stream, in order.
         questions: all that is asked about the cases, in case order.
-        base: the unedited model's answer to each question.
         store: where rows and state go.
         facts: columns that are the same in every row.
         warnings: what the dataset has to say to whoever reads the rows.
@@ -232,10 +279,9 @@ class Stream:
     """
 
     editor: Editor
-    examiner: Examiner
+    exams: Mapping[str, Exam]
     cases: list[EditCase]
     questions: list[Question]
-    base: list[Answer]
     store: RunStore
     facts: dict[str, Any]
     warnings: list[str]
@@ -246,7 +292,6 @@ class Stream:
     position: Position = field(default_factory=Position)
     _saved_n: int = 0
     _next_save: float = 0.0
-    _answered: dict[int, tuple[tuple[int | None, int], Answer]] = field(default_factory=dict)
 
     def take_up(self, before: int) -> None:
         """Go on from the stored state, unless it lies beyond the next checkpoint, `before`.
@@ -272,21 +317,22 @@ class Stream:
         self.editor.load_state_dict(tensors)
         self.position = position
 
-    def proceed(self, checkpoints: Sequence[int]) -> Iterator[dict[str, Any]]:
-        """Edit up to each checkpoint in turn, question the model there, store the row and yield it.
+    def proceed(self, checkpoints: Mapping[int, Sequence[str]]) -> Iterator[dict[str, Any]]:
+        """Edit up to each checkpoint in turn, question the model there, store each row and yield it.
 
         Args:
-            checkpoints: ascending, none before the present position.
+            checkpoints: numbers of edits, ascending, none before the present position; their protocols.
         """
         with _progress(self.console) as progress:
-            total, done = checkpoints[-1], self.position.n
+            total, done = max(checkpoints), self.position.n
             task = progress.add_task("editing", total=total, completed=done, unit="edits")
-            for checkpoint in checkpoints:
+            for checkpoint, protocols in checkpoints.items():
                 while self.position.n < checkpoint:
                     self._edit_slice(checkpoint)
                     progress.update(task, completed=self.position.n)
                 self._save()
-                yield self._record(checkpoint, progress)
+                for protocol in protocols:
+                    yield self._record(checkpoint, protocol, progress)
 
     def _edit_slice(self, checkpoint: int) -> None:
         """Write the next few cases; save if the last save is long ago."""
@@ -307,24 +353,26 @@ class Stream:
             self._saved_n = self.position.n
         self._next_save = time.monotonic() + self.save_every + 10 * seconds.elapsed()
 
-    def _record(self, n: int, progress: Progress) -> dict[str, Any]:
+    def _record(self, n: int, protocol: str, progress: Progress) -> dict[str, Any]:
         """Question the model about the first `n` cases and store what comes out."""
+        exam = self.exams[protocol]
         touched = {(one.case, one.probe.prompt) for one in touched_probes(self.cases[:n])}
         left_out = touched if self.clean_locality else set()
         positions = sample(n, self.eval_cases, self.facts["seed"])
         among = set(positions)
         chosen = [i for i, q in enumerate(self.questions) if q.case in among and not _is_locality_of(q, left_out)]
         questions = [self.questions[i] for i in chosen]
-        task = progress.add_task(f"asking at N={n}", total=len(questions), unit="questions")
+        task = progress.add_task(f"asking at N={n}, {protocol}", total=len(questions), unit="questions")
         seconds = Stopwatch()
         routes = self.editor.routes([question.prompt for question in questions])
-        answers = self._answers(chosen, routes, lambda count: progress.advance(task, count))
+        answers = exam.answers(self.questions, chosen, routes, lambda count: progress.advance(task, count))
         eval_seconds = seconds.elapsed()
-        asked = asked_table(self.examiner, questions, answers, [self.base[i] for i in chosen], routes)
+        asked = asked_table(exam.examiner, questions, answers, [exam.base[i] for i in chosen], routes)
         records = self.position.records[:n]
-        cases = per_case(positions, self.cases[:n], records, asked)
+        cases = per_case(positions, self.cases[:n], records, asked, protocol)
         row = {
             "n": n,
+            "protocol": protocol,
             **self.facts,
             "cases": fingerprint(self.cases[:n]),
             "items": len(positions),
@@ -342,28 +390,6 @@ class Stream:
         self.store.add_checkpoint(row, cases)
         return row
 
-    def _answers(
-        self, chosen: Sequence[int], routes: Sequence[Route | None], advance: Callable[[int], None]
-    ) -> list[Answer]:
-        """Answers to the questions at `chosen`, asking the model no more than necessary.
-
-        Where no entry acts, the edited model is the base model, whose answer is known; where the same entry with the
-        same value acts as at an earlier checkpoint, so is the answer. Both hold exactly, since a route decides all
-        that a memory editor does. Editors without a router are asked everything.
-        """
-        known = {i: self.base[i] for i, route in zip(chosen, routes, strict=True) if route and not route.matched}
-        for i, route in zip(chosen, routes, strict=True):
-            earlier = self._answered.get(i)
-            if route and route.matched and earlier and earlier[0] == (route.entry, route.version):
-                known[i] = earlier[1]
-        asking = [i for i in chosen if i not in known]
-        advance(len(known))
-        known |= dict(zip(asking, self.examiner.ask([self.questions[i] for i in asking], advance), strict=True))
-        for i, route in zip(chosen, routes, strict=True):
-            if route and route.matched:
-                self._answered[i] = ((route.entry, route.version), known[i])
-        return [known[i] for i in chosen]
-
     def _locality_warnings(self, n: int, touched: set[tuple[int, str]]) -> list[str]:
         if not touched:
             return []
@@ -377,7 +403,7 @@ def _is_locality_of(question: Question, probes: set[tuple[int, str]]) -> bool:
 
 def _progress(console: Console) -> Progress:
     return Progress(
-        TextColumn("{task.description:>22}"),
+        TextColumn("{task.description:>30}"),
         BarColumn(),
         MofNCompleteColumn(),
         _Speed(),

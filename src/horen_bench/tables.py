@@ -17,10 +17,14 @@ def score_columns(rows: pd.DataFrame) -> list[str]:
 
 
 def checkpoint_tables(rows: pd.DataFrame) -> Group:
-    """One run's checkpoints: the paper's scores with their cost, and the further probes.
+    """One run's checkpoints, protocol by protocol: the paper's scores with their cost, and the further probes.
 
     Under each score stands its 95 % bootstrap interval over cases.
     """
+    return Group(*(_one_protocol(part) for _, part in rows.groupby("protocol", sort=False)))
+
+
+def _one_protocol(rows: pd.DataFrame) -> Group:
     first = rows.iloc[0]
     further = [name for name in score_columns(rows) if name not in _MAIN]
     main = Table(title=f"{first['method']} on {first['model']}, {first['dataset']}")
@@ -54,7 +58,7 @@ def notes(rows: pd.DataFrame) -> list[str]:
             found.append(f"N={row['n']}: {row['items']} cases were questioned, a fixed random sample")
         if row["failed_edits"]:
             found.append(f"N={row['n']}: {row['failed_edits']} edits failed; see edit_problem in cases.parquet")
-    return [*found, *_unique(rows["warnings"].dropna().tolist())]
+    return [*_unique(found), *_unique(rows["warnings"].dropna().tolist())]
 
 
 def _unique(texts: Sequence[str]) -> list[str]:

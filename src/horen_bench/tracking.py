@@ -88,9 +88,9 @@ class NoTracker:
 class WandbTracker:
     """Copies a run to Weights & Biases, online or into local files.
 
-    Every metric is drawn against `edits`, the number of edits written so far, which is W&B's step too:
-    a row that reaches the server twice is refused there. `run_dir/wandb.json` remembers which rows are
-    logged. When W&B fails in the middle of a run, `problem` says so and the run goes on untracked.
+    Every metric is drawn against `edits`, the number of edits written so far; scores carry their protocol in
+    front (`greedy/rel`), costs do not. `run_dir/wandb.json` remembers which rows are logged; the count of them is
+    W&B's step, so that a row that reaches the server twice is refused there. When W&B fails in the middle of a run, `problem` says so and the run goes on untracked.
     """
 
     def __init__(self, project: str, entity: str | None, mode: str, group: str | None, tags: Sequence[str]) -> None:
@@ -171,19 +171,19 @@ class WandbTracker:
         return run
 
     def log(self, row: Mapping[str, Any]) -> None:
-        """Log one checkpoint row: numbers as metrics at step `n`, texts into the summary.
+        """Log one checkpoint row: numbers as metrics against `edits`, texts into the summary.
 
-        A row whose `n` is logged already is passed over; a missing value is not logged.
+        A row that is logged already is passed over; a missing value is not logged.
         """
-        n = int(row["n"])
+        place = f"{row['protocol']}/{int(row['n'])}"
         numbers, texts = _numbers_and_texts(row)
         self._last = row
-        if self._run is None or self._ledger is None or n in self._ledger.logged:
+        if self._run is None or self._ledger is None or place in self._ledger.logged:
             return
-        with self._unharmed(f"at {n} edits"):
-            self._run.log(numbers, step=n, commit=True)
+        with self._unharmed(f"at {int(row['n'])} edits"):
+            self._run.log(numbers, step=len(self._ledger.logged), commit=True)
             self._run.summary.update(texts)
-            self._ledger.add(n)
+            self._ledger.add(place)
 
     def finish(self, cases: pd.DataFrame) -> None:
         """Set the summary to the last row, upload the per-case table as an artifact, close the run."""
@@ -220,9 +220,9 @@ class WandbTracker:
 
 
 class _Ledger:
-    """`wandb.json`: the W&B run that a run directory belongs to and the `n` of the rows logged there."""
+    """`wandb.json`: the W&B run that a run directory belongs to, and protocol and `n` of the rows logged there."""
 
-    def __init__(self, path: Path, run_id: str, logged: Sequence[int] = ()) -> None:
+    def __init__(self, path: Path, run_id: str, logged: Sequence[str] = ()) -> None:
         self.path = path
         self.run_id = run_id
         self.logged = list(logged)
@@ -234,13 +234,13 @@ class _Ledger:
             return None
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-            return cls(path, str(content["run_id"]), [int(n) for n in content["logged"]])
+            return cls(path, str(content["run_id"]), [str(place) for place in content["logged"]])
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path} is damaged; delete it to track the run as a new one.") from error
 
-    def add(self, n: int) -> None:
-        """Note that the row of `n` edits is logged."""
-        self.logged.append(n)
+    def add(self, place: str) -> None:
+        """Note that a row is logged."""
+        self.logged.append(place)
         self.write()
 
     def write(self) -> None:
@@ -254,10 +254,10 @@ def _numbers_and_texts(row: Mapping[str, Any]) -> tuple[dict[str, int | float], 
     texts: dict[str, str] = {}
     for key, value in row.items():
         plain = value.item() if isinstance(value, np.generic) else value
-        if key == "n" or (pd.api.types.is_scalar(plain) and pd.isna(plain)):
+        if key in ("n", "protocol") or (pd.api.types.is_scalar(plain) and pd.isna(plain)):
             continue
         if isinstance(plain, int | float) and not isinstance(plain, bool):
-            numbers[f"cost/{key}" if key.endswith(_COST_SUFFIXES) else key] = plain
+            numbers[f"{'cost' if key.endswith(_COST_SUFFIXES) else row['protocol']}/{key}"] = plain
         else:
             texts[key] = str(plain)
     return numbers, texts
