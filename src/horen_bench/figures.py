@@ -89,7 +89,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rows = stored[stored["protocol"] == options.protocol]
         if len(rows) < 2:
             raise UserError(
-                f"{options.run} has {len(rows)} checkpoints under protocol {options.protocol}; a curve needs at least two"
+                f"{options.run} has {len(rows)} checkpoints under protocol {options.protocol}; a curve needs at "
+                "least two"
             )
         for path in save(stream_figure(rows), rows, options.out):
             print(path)  # noqa: T201

@@ -90,7 +90,8 @@ class WandbTracker:
 
     Every metric is drawn against `edits`, the number of edits written so far; scores carry their protocol in
     front (`greedy/rel`), costs do not. `run_dir/wandb.json` remembers which rows are logged; the count of them is
-    W&B's step, so that a row that reaches the server twice is refused there. When W&B fails in the middle of a run, `problem` says so and the run goes on untracked.
+    W&B's step, so that a row that reaches the server twice is refused there. When W&B fails in the middle of a run,
+    `problem` says so and the run goes on untracked.
     """
 
     def __init__(self, project: str, entity: str | None, mode: str, group: str | None, tags: Sequence[str]) -> None:
