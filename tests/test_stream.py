@@ -24,6 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from horen_bench import stream
 from horen_bench.cases import EditCase
+from horen_bench.configuration import composed
 from horen_bench.datasets.facts import records, to_json
 from horen_bench.editors.base import Editor, EditRecord
 from horen_bench.errors import UserError
@@ -511,3 +512,47 @@ def test_a_run_killed_at_any_moment_goes_on_with_the_same_command_to_the_same_nu
         assert_same_numbers(stores[name], stores["outside-whole" if name == "outside" else "whole"])
     left_behind = [path.name for name in codes for path in (tmp_path / name).rglob("*.tmp")]
     assert left_behind == []  # what a killed process left half-written is gone with the next run
+
+
+# --- Asking no more than necessary -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["horen", "grace_norm"])
+def test_answers_that_are_known_without_asking_are_those_that_asking_gives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """At each checkpoint everything is asked as well; the stream writes the same prompts again, changed or not."""
+    path = tmp_path / "edits.json"
+    facts = list(records(1, stop=12))
+    again = [one | {"alt": facts[-1 - i]["alt"]} if i % 2 else one for i, one in enumerate(facts)]
+    path.write_text(to_json([*facts, *again]))
+    known: list[int] = []
+    answers = stream.Exam.answers
+
+    def compared(self: stream.Exam, questions: Any, chosen: Any, routes: Any, advance: Any) -> Any:
+        asked: list[int] = []
+        ask = Examiner.ask
+
+        def counting(examiner: Examiner, some: Any, *rest: Any) -> Any:
+            asked.append(len(some))
+            return ask(examiner, some, *rest)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Examiner, "ask", counting)
+            found = answers(self, questions, chosen, routes, advance)
+        assert found == self.examiner.ask([questions[i] for i in chosen])
+        known.append(len(chosen) - sum(asked))
+        return found
+
+    monkeypatch.setattr(stream.Exam, "answers", compared)
+    values = resolved(
+        composed([
+            f"method={method}", "method.threshold=0.6", "method.n_steps=5", "dataset=zsre", f"dataset.path={path}",
+            "dataset.target=alt", "dataset.locality_source=record", "n=24", "checkpoints=[6,12,18]",
+            "protocol=[greedy,teacher_forced,release]", f"results_dir={tmp_path}", "device=cpu",
+        ])
+    )  # fmt: skip
+    actions = set(run(values).store.cases()["edit_action"])
+    assert len(actions) >= 2, "some prompts met an entry"
+    assert len(known) == 12
+    assert all(later > 24 for later in known[6:]), "more than the locality questions is known later on"
