@@ -67,6 +67,9 @@ REFUSED = [
     (["checkpoints=5"], "checkpoints must be a list such as [100,500,1000], got 5"),
     (["checkpoints=[5,x]"], "checkpoints must hold whole numbers of at least 1, got 'x'"),
     (["seed=-1"], "seed must be a whole number of at least 0, got -1"),
+    (["~tracker"], "~tracker leaves the run without a tracker; write tracker=... (--help lists them) instead"),
+    (["protocol=[]"], "protocol is an empty list; write one protocol, or several such as [greedy,release]"),
+    (["protocol=[greedy,fair]"], "protocol=fair is unknown; write one of greedy, teacher_forced, release"),
     (["protocol=fair"], "protocol=fair is unknown; write one of greedy, teacher_forced, release"),
     (["method.module=model.layers.4.mlp.down_proj"],
      "method.module=model.layers.4.mlp.down_proj: LlamaForCausalLM has no such module; model.layers has 4 entries, "

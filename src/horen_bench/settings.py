@@ -21,13 +21,19 @@ from horen_bench.models.loading import model_source
 
 Config = Mapping[str, Any]
 
+_PARTS = ("model", "method", "dataset", "tracker")
+
 
 def resolved(config: DictConfig) -> dict[str, Any]:
     """The configuration as plain values.
 
     Raises:
-        UserError: a value refers to one that is not there, e.g. a method without values for this backbone.
+        UserError: a part was taken away, or a value refers to one that is not there, e.g. a method without values for
+            this backbone.
     """
+    for part in _PARTS:
+        if part not in config:
+            raise UserError(f"~{part} leaves the run without a {part}; write {part}=... (--help lists them) instead")
     try:
         values = OmegaConf.to_container(config, resolve=True)
     except InterpolationKeyError as error:
@@ -62,6 +68,8 @@ def check(config: Config) -> None:
         raise UserError(f"save_every must be a number of seconds, got {config['save_every']!r}")
     if not isinstance(config["force"], bool):
         raise UserError(f"force must be true or false, got {config['force']!r}")
+    if not protocols_of(config):
+        raise UserError("protocol is an empty list; write one protocol, or several such as [greedy,release]")
     for protocol in protocols_of(config):
         protocol_of(protocol, "generate")
     if config["locality"] not in ("all", "clean"):
