@@ -85,6 +85,7 @@ SIDE: dict[str, Any] = {
     "loc_source": "disjoint",
     "irrelevant_prompts": None,
     "add_bias": True,
+    "shards_at_once": 1,
     "engine": "cached",
 }
 
@@ -102,8 +103,11 @@ def repair(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Editor
         "distill": "logit",
         "distill_lambda": 0.2,
         "temperature": 2.0,
+        "distill_spread": 0.1,
+        "consistency": None,
         "error_threshold": 0.85,
         "prune_threshold": 0.5,
+        "prune_noise": 0.0,
         "pool_limit": None,
         "max_rounds": 1,
         "max_retries": 3,
@@ -130,25 +134,26 @@ def ultraedit(regime: dict[str, str], modules: Sequence[str], learning_rate: flo
     return build
 
 
-def ft_m() -> Factory:
+def fine_tuning(objective: str, engine: str = "cached") -> Factory:
     def build(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Editor:
         settings: dict[str, Any] = {
             "seed": 42,
             "module": DOWN_PROJ,
-            "objective": "target_new",
+            "objective": objective,
             "learning_rate": 5e-3,
             "weight_decay": 0.0,
             "n_steps": 40,
             "loss_bound": 0.01,
             "norm_constraint": None,
             "master_weights": True,
+            "engine": engine,
         }
         return FineTuningEditor(model, tokenizer, **settings)
 
     return build
 
 
-_FIRM = {"n_steps": 25, "learning_rate": 0.2, "weight_decay": 1e-3, "clamp": 10, "kl": 0.0625}
+_FIRM = {"n_steps": 25, "learning_rate": 0.5, "weight_decay": 1e-3, "clamp": 10, "kl": 0.0625}
 
 
 @cache
@@ -158,10 +163,11 @@ def statistics_folder() -> str:
 
 
 def rewriting(method: str, **changes: Any) -> Factory:
-    """A method as its file in `conf/` sets it, but for the changes."""
+    """A method as its file in `conf/` sets it, without contexts and but for the changes."""
+    bare = {"hidden": _FIRM, "contexts": [[""]] if method == "rome" else [[""], [""]]}
 
     def build(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Editor:
-        settings = {**resolved(composed([f"method={method}"]))["method"], **changes}
+        settings = {**resolved(composed([f"method={method}"]))["method"], **bare, **changes}
         corpus = str(Path(__file__).parents[2] / "baselines" / "rome" / "stats_texts.json")
         settings["statistics"] = {**settings["statistics"], "corpus": corpus, "folder": statistics_folder()}
         editor: Editor = build_configured(settings, "method", model=model, tokenizer=tokenizer, seed=42)
@@ -190,12 +196,14 @@ EDITORS: dict[str, Factory] = {
         [f"model.layers.{layer}.mlp.up_proj" for layer in (2, 3)],
         learning_rate=0.05,
     ),
-    "ft-m": ft_m(),
-    "rome": rewriting("rome", hidden={**_FIRM, "learning_rate": 0.5}),
-    "rome-sequential": rewriting("rome", hidden={**_FIRM, "learning_rate": 0.5}, engine="sequential"),
-    "memit": rewriting("memit", hidden=_FIRM, moment_weight=0.01),
-    "alphaedit": rewriting("alphaedit", hidden=_FIRM, nullspace_threshold=0.5, l2=0.01),
-    "alphaedit-sequential": rewriting("alphaedit", hidden=_FIRM, nullspace_threshold=0.5, l2=0.01, engine="sequential"),
+    "ft-m": fine_tuning("target_new"),
+    "ft-m-sequential": fine_tuning("target_new", "sequential"),
+    "ft-l": fine_tuning("prompt_last"),
+    "rome": rewriting("rome"),
+    "rome-sequential": rewriting("rome", engine="sequential"),
+    "memit": rewriting("memit", moment_weight=0.01),
+    "alphaedit": rewriting("alphaedit", l2=0.1),
+    "alphaedit-sequential": rewriting("alphaedit", l2=0.1, engine="sequential"),
 }
 # Those that act on what they recognise only: whatever they do not recognise keeps its logits bit for bit.
 MEMORIES = [
@@ -209,10 +217,10 @@ MEMORIES = [
     "wise-sequential",
 ]
 
-# Those that write at the subject. At layer 1 of the reference model a vector there cannot decide these answers
-# (their loss stays above 1.4 nats after 100 steps), so what they say is tested in files of their own.
-SUBJECT_WRITERS = ["rome", "rome-sequential", "memit", "alphaedit", "alphaedit-sequential"]
-RECALLING = [name for name in EDITORS if name not in SUBJECT_WRITERS]
+# Those that write at the subject can write only some of these cases into the reference model, and forget them with the
+# next edit: they are asked about one. FT-L asks for all tokens of a target at once, which greedy decoding never says.
+SUBJECT_WRITERS = [name for name in EDITORS if name.split("-")[0] in ("rome", "memit", "alphaedit")]
+RECALLING = [name for name in EDITORS if name not in (*SUBJECT_WRITERS, "ft-l")]
 
 # How a model may be asked. A model with rewritten weights is an ordinary one, and generate() of an ordinary one goes on
 # behind padding on the right; memories move it.
@@ -256,13 +264,17 @@ def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
 
 
-@pytest.mark.parametrize(("name", "way"), [(n, w) for n in RECALLING for w in WAYS if w != "right" or n in MEMORIES])
+@pytest.mark.parametrize(
+    ("name", "way"),
+    [(n, w) for n in RECALLING + SUBJECT_WRITERS for w in WAYS if w != "right" or n in MEMORIES],
+)
 def test_edit_makes_target_the_greedy_answer(name: str, way: str, build: Any, ask: Any) -> None:
     editor, how = build(name), WAYS[way]
-    prompts = [case.prompt for case in CASES]
+    cases = CASES[:1] if name in SUBJECT_WRITERS else CASES
+    prompts = [case.prompt for case in cases]
     before = ask(editor.model, prompts, **how)
-    editor.edit(CASES)
-    for case, old, new in zip(CASES, before, ask(editor.model, prompts, **how), strict=True):
+    editor.edit(cases)
+    for case, old, new in zip(cases, before, ask(editor.model, prompts, **how), strict=True):
         assert not old.startswith(f" {case.target}")
         assert new.startswith(f" {case.target}")
 

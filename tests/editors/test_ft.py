@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from horen_bench.cases import EditCase
-from horen_bench.editors.ft import FineTuningEditor, Lesson
+from horen_bench.editors.ft import FineTuningEditor, Lesson, UpperModel
 from horen_bench.errors import UserError
 
 MODULE = "model.layers.2.mlp.down_proj"
@@ -36,6 +36,7 @@ def build(golden_model: PreTrainedModel, golden_tokenizer: PreTrainedTokenizerBa
             "loss_bound": 0.01,
             "norm_constraint": None,
             "master_weights": True,
+            "engine": "cached",
         }
         return FineTuningEditor(model, tokenizer, **{**settings, **changes})
 
@@ -46,6 +47,12 @@ def lesson_of(editor: FineTuningEditor, case: EditCase) -> Lesson:
     lesson = editor._lesson(case)
     assert lesson is not None
     return lesson
+
+
+def upper_loss(editor: FineTuningEditor, lesson: Lesson) -> Tensor:
+    upper = editor._upper_layers()
+    assert upper is not None
+    return UpperModel(upper, editor.path, editor.model.get_submodule(editor.path), editor.weight, lesson).loss()
 
 
 def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -153,6 +160,45 @@ def test_only_the_weight_changes_and_nothing_asks_for_gradients_afterwards(
     assert all(one.grad is None and not one.requires_grad for one in golden_model.parameters())
 
 
+# --- Engines -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layer", [0, 2, 3])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_layers_above_give_the_whole_models_loss_and_gradient(build: Build, objective: str, layer: int) -> None:
+    editor = build(objective=objective, module=f"model.layers.{layer}.mlp.down_proj")
+    editor.edit(CASES[:1])  # away from the weight as received
+    for case in (CASES[1], EditCase("short", "Oldmere", "1927")):
+        lesson = lesson_of(editor, case)
+        editor.weight.requires_grad_(True)
+        whole, upper = editor.loss(lesson), upper_loss(editor, lesson)
+        (expected,) = torch.autograd.grad(whole, [editor.weight])
+        (gradient,) = torch.autograd.grad(upper, [editor.weight])
+        editor.weight.requires_grad_(False)
+        torch.testing.assert_close(upper, whole, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(gradient, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_engines_train_the_same(build: Build, other_golden_model: Any, objective: str) -> None:
+    fast, plain = build(objective=objective), build(other_golden_model, objective=objective, engine="sequential")
+    for one, other in zip(fast.edit(CASES), plain.edit(CASES), strict=True):
+        assert (one.action, one.steps) == (other.action, other.steps)
+        assert one.loss == pytest.approx(other.loss, rel=1e-3)
+    change = plain.weight - plain.pristine.originals()[MODULE]
+    found = fast.weight - fast.pristine.originals()[MODULE]
+    torch.testing.assert_close(found, change, rtol=0, atol=1e-3 * float(change.abs().max()))
+    assert fast.warnings() == plain.warnings() == []
+
+
+def test_a_module_that_its_layer_does_not_add_last_is_trained_through_the_whole_model(build: Build) -> None:
+    module = "model.layers.2.self_attn.o_proj"
+    editor = build(module=module)
+    assert editor.edit(CASES[:1])[0].action == "inserted"
+    reason = f"{module} is not what its layer adds last"
+    assert editor.warnings() == [f"the weight was trained through the whole model: {reason}"]
+
+
 # --- State -------------------------------------------------------------------------------------------------
 
 
@@ -233,7 +279,7 @@ def test_training_that_diverges_changes_nothing(build: Build, n_steps: int, prob
 
 
 def test_interrupted_edit_leaves_the_weight_as_before(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
-    editor = build()
+    editor = build(engine="sequential")
     before = editor.weight.detach().clone()
     calls: list[Lesson] = []
     loss = FineTuningEditor.loss
@@ -257,6 +303,7 @@ def test_interrupted_edit_leaves_the_weight_as_before(build: Build, monkeypatch:
         ({"objective": "target"}, "method.objective must be 'prompt_last' or 'target_new', got 'target'"),
         ({"learning_rate": 0}, "method.learning_rate must be > 0, got 0"),
         ({"n_steps": 0}, "method.n_steps must be a whole number of at least 1, got 0"),
+        ({"engine": "fast"}, "method.engine must be 'cached' or 'sequential', got 'fast'"),
         ({"norm_constraint": 0.0}, "method.norm_constraint must be > 0, or null for none, got 0.0"),
         (
             {"module": "model.layers.4.mlp.down_proj"},

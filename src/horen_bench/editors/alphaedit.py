@@ -126,10 +126,14 @@ class AlphaEditEditor(WindowEditor):
                 memory.load_state_dict({name: state[key] for name, key in names.items()})
 
     def warnings(self) -> list[str]:
-        """Also a null space that is nearly nothing or nearly everything."""
+        """Also how much of each layer's space is free, which bounds what can be written there."""
         found = super().warnings()
-        for path, memory in self.memory.items():
-            share = memory.space.rank / len(memory.space.protected)
+        shares = {path: memory.space.rank / len(memory.space.protected) for path, memory in self.memory.items()}
+        if shares:
+            each = ", ".join(f"{path} {share:.1%}" for path, share in shares.items())
+            found.append(f"null space, share of each layer's directions: {each}")
+        for path, share in shares.items():
             if not 0.05 <= share <= 0.999:
-                found.append(f"the null space of {path} is {share:.1%} of all directions; check nullspace_threshold")
+                much = "everything" if share > 0.5 else "nothing"
+                found.append(f"the null space of {path} is nearly {much}; check nullspace_threshold")
         return found

@@ -7,9 +7,10 @@ FT-L (Meng et al. 2022, arXiv 2202.05262, and EasyEdit) asks for every target to
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import torch
@@ -19,11 +20,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from horen_bench.cases import EditCase
 from horen_bench.editors.base import Editor, EditRecord
+from horen_bench.editors.rewriting.hidden import inputs_of
 from horen_bench.errors import UserError
+from horen_bench.models.architecture import decoder_layer_index
 from horen_bench.models.surgery import MasterWeights, PristineWeights
-from horen_bench.prompts import encode_edit, encode_prompts
+from horen_bench.models.upper import NotSupportedError, UpperLayers
+from horen_bench.prompts import EncodedEdit, encode_edit, encode_texts
 
 Objective = Literal["prompt_last", "target_new"]
+Engine = Literal["cached", "sequential"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +55,40 @@ class Trained:
     problem: str | None = None
 
 
+class UpperModel:
+    """What a lesson needs of the model above the trained weight `W` `(d, m)`; the rest is run once.
+
+    Nothing below `W` depends on it, and its layer adds `W x` last: a step computes `W x` anew at all `T` positions,
+    runs the layers above, and takes logits where the lesson looks.
+
+    Args:
+        upper: the layers above the trained module.
+        path: of the module.
+        module: which holds `W`.
+        weight: `W`.
+        lesson: what is read.
+    """
+
+    def __init__(self, upper: UpperLayers, path: str, module: nn.Module, weight: Tensor, lesson: Lesson) -> None:
+        self._upper, self._weight = upper, weight
+        with torch.no_grad(), inputs_of({path: module}) as inputs:
+            # All positions count as behind a prompt of one token, so that all of them enter the upper layers.
+            self._states = upper.prepare([EncodedEdit(lesson.ids[:1], (*lesson.ids[1:], 0))])
+            self._input = inputs[path]
+            self._rest = self._states.hidden.float() - F.linear(self._input, weight).float()
+        self._nothing = torch.zeros_like(self._states.module_output, dtype=torch.float32)
+        self._labels = torch.tensor(lesson.labels, device=self._input.device)
+        positions = torch.arange(len(lesson.ids), device=self._input.device)
+        self._wanted = (positions >= len(lesson.ids) - lesson.n_positions)[None]
+
+    def loss(self) -> Tensor:
+        """Mean cross-entropy (nats) of the labels under the present weight."""
+        said = F.linear(self._input, self._weight)
+        states = replace(self._states, hidden=(self._rest + said.float()).to(said.dtype))
+        logits = self._upper.logits(states, self._nothing, self._wanted)
+        return F.cross_entropy(logits.expand(len(self._labels), -1), self._labels.to(logits.device))
+
+
 class FineTuningEditor(Editor):
     """FT-L or FT-M on one model.
 
@@ -66,6 +105,7 @@ class FineTuningEditor(Editor):
         norm_constraint: each entry stays within this distance of its value before the edit; None: anywhere.
         master_weights: train float32 values behind a half-precision weight; the published code trains, and keeps
             Adam's moments, in the model's dtype, where most of a small step is rounded away.
+        engine: `cached` runs the layers above the module on cached states, `sequential` the whole model.
 
     Raises:
         UserError: the model has no such module, or a constant is out of its range.
@@ -85,7 +125,10 @@ class FineTuningEditor(Editor):
         loss_bound: float,
         norm_constraint: float | None,
         master_weights: bool,
+        engine: Engine,
     ) -> None:
+        if engine not in ("cached", "sequential"):
+            raise UserError(f"method.engine must be 'cached' or 'sequential', got {engine!r}")
         if objective not in ("prompt_last", "target_new"):
             raise UserError(f"method.objective must be 'prompt_last' or 'target_new', got '{objective}'")
         if not learning_rate > 0:
@@ -107,6 +150,9 @@ class FineTuningEditor(Editor):
         self.weight = self.pristine.weights[module]
         self._masters = MasterWeights(self.pristine.weights)
         self._keeps_master = master_weights
+        self.engine: Engine = engine
+        self._upper: UpperLayers | None = None
+        self._no_upper: str | None = None
 
     # --- Editing -------------------------------------------------------------------------------------------
 
@@ -130,16 +176,41 @@ class FineTuningEditor(Editor):
         if self.objective == "target_new":
             return Lesson(edit.ids[:-1], edit.target, len(edit.target))
         # As published: special tokens of the target count, unknown ones do not.
-        (alone,) = encode_prompts(self.tokenizer, [f" {case.target}"])
+        (alone,) = encode_texts(self.tokenizer, [f" {case.target}"])
         labels = tuple(token for token in alone if token != self.tokenizer.unk_token_id)
         return Lesson(edit.prompt, labels, 1) if labels else None
 
     def loss(self, lesson: Lesson) -> Tensor:
-        """Mean cross-entropy (nats) of the labels."""
+        """Mean cross-entropy (nats) of the labels, by the whole model."""
         ids = torch.tensor([lesson.ids], device=self.model.device)
         logits = self.model(input_ids=ids, use_cache=False, logits_to_keep=lesson.n_positions).logits[0]
         labels = torch.tensor(lesson.labels, device=logits.device)
         return F.cross_entropy(logits.float().expand(len(labels), -1), labels)
+
+    def _loss_of(self, lesson: Lesson) -> Callable[[], Tensor]:
+        """The loss as a function of the weight, which is the only thing that changes."""
+        upper = self._upper_layers() if self.engine == "cached" else None
+        if upper is None:
+            return partial(self.loss, lesson)
+        return UpperModel(upper, self.path, self.model.get_submodule(self.path), self.weight, lesson).loss
+
+    def _upper_layers(self) -> UpperLayers | None:
+        """The layers above the module, or None where the model does not fit; then `warnings` says so."""
+        if self._upper is None and self._no_upper is None:
+            try:
+                self._upper = self._find_upper()
+            except NotSupportedError as reason:
+                self._no_upper = f"the weight was trained through the whole model: {reason}"
+        return self._upper
+
+    def _find_upper(self) -> UpperLayers:
+        layer = decoder_layer_index(self.path)
+        if layer is None:
+            raise NotSupportedError(f"{self.path} is in no numbered layer")
+        upper = UpperLayers(self.model, self.model.get_submodule(self.path), layer)
+        if not upper.module_ends_layer:
+            raise NotSupportedError(f"{self.path} is not what its layer adds last")
+        return upper
 
     def _train(self, lesson: Lesson) -> Trained:
         """Train the weight in place; where that fails, or is interrupted, it is put back as it was before."""
@@ -159,12 +230,12 @@ class FineTuningEditor(Editor):
 
     def _minimise(self, lesson: Lesson, trainee: Tensor, before: Tensor) -> Trained:
         optimizer = torch.optim.Adam([trainee], lr=self.learning_rate, weight_decay=self.weight_decay)
-        loss, steps = math.nan, 0
+        loss, steps, loss_now = math.nan, 0, self._loss_of(lesson)
         for steps in range(self.n_steps + 1):
             if steps == self.n_steps:
                 break
             with _asking_for_gradients(self.weight):
-                current = self.loss(lesson)
+                current = loss_now()
                 loss = current.item()
                 if not math.isfinite(loss):
                     return Trained(math.nan, 0, "the loss was not finite; the weight was put back")
@@ -208,6 +279,10 @@ class FineTuningEditor(Editor):
     def side_parameters(self) -> int:
         """Numbers in the original (as many as are trained), and in the master where there is one."""
         return self.pristine.numel() + self._masters.numel()
+
+    def warnings(self) -> list[str]:
+        """Whether the slow path was taken."""
+        return [self._no_upper] if self._no_upper else []
 
 
 @contextmanager

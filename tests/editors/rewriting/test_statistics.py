@@ -1,6 +1,7 @@
 """Second moments: the definition, their cache, and what is derived from them."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+import datasets
 from horen_bench.editors.rewriting import statistics
 from horen_bench.editors.rewriting.corpus import read_corpus, world_texts
 from horen_bench.editors.rewriting.hidden import inputs_of
 from horen_bench.editors.rewriting.null_space import KeyMemory, NullSpace, null_space
 from horen_bench.editors.rewriting.statistics import (
+    Pass,
     Recipe,
     SecondMoment,
     accumulate,
@@ -96,6 +99,47 @@ def test_second_call_reads_the_cache_and_another_model_or_corpus_does_not(
     assert len(calls) == 4
 
 
+@pytest.mark.parametrize("stop", [1, 2])
+def test_a_pass_that_was_stopped_goes_on_with_the_same_sums(
+    stop: int, golden_model: Any, golden_tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    corpus = tmp_path / "texts.json"
+    corpus.write_text(json.dumps(TEXTS))
+    monkeypatch.setattr(statistics, "_GROUP", 1)
+    monkeypatch.setattr(statistics, "_SAVE_EVERY", -1e9)  # after every text
+    straight = second_moments(golden_model, golden_tokenizer, PATHS, recipe(tmp_path / "straight", str(corpus)))
+    attended, calls = statistics._attended, [0]
+
+    def stopping(*args: Any) -> dict[str, Tensor]:
+        if calls[0] == stop:
+            raise KeyboardInterrupt
+        calls[0] += 1
+        return attended(*args)
+
+    settings = recipe(tmp_path / "cache", str(corpus))
+    with monkeypatch.context() as patch:
+        patch.setattr(statistics, "_attended", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            second_moments(golden_model, golden_tokenizer, PATHS, settings)
+        (unfinished,) = (tmp_path / "cache").iterdir()
+        assert Pass.load(unfinished).n_texts == stop
+        calls[0] = stop + 1 - len(TEXTS)  # the texts that are left, and no more
+        resumed = second_moments(golden_model, golden_tokenizer, PATHS, settings)
+    for path in PATHS:
+        assert torch.equal(resumed[path].total, straight[path].total)
+        assert resumed[path].n_tokens == straight[path].n_tokens
+    assert len(list((tmp_path / "cache").iterdir())) == len(PATHS)
+
+
+def test_a_damaged_save_is_no_save(tmp_path: Path) -> None:
+    saved = tmp_path / "unfinished.safetensors"
+    Pass({"a": torch.eye(2)}, 100, 7, 1).save(saved)
+    assert Pass.load(saved).totals["a"].equal(torch.eye(2))
+    assert (Pass.load(saved).n_texts, Pass.load(saved).n_tokens, Pass.load(saved).n_bad) == (100, 7, 1)
+    saved.write_bytes(b"damaged")
+    assert Pass.load(saved) == Pass.load(None) == Pass()
+
+
 def test_published_statistics_can_be_used(golden_model: Any, golden_tokenizer: Any, tmp_path: Path) -> None:
     total = torch.eye(176) * 6
     saved = {"mom2.mom2": total.numpy(), "mom2.count": np.int64(3), "mom2.constructor": "any()"}
@@ -132,6 +176,39 @@ def test_formats_of_a_corpus_agree_and_the_sample_is_fixed(tmp_path: Path) -> No
     found = [read_corpus(str(tmp_path / name), 2) for name in ("a.txt", "a.json", "a.jsonl")]
     assert found[0] == found[1] == found[2]
     assert len(found[0]) == 2
+
+
+def test_a_hub_corpus_is_read_by_its_name_and_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def load(*args: Any, **kwargs: Any) -> datasets.Dataset:
+        asked.append((args, kwargs))
+        return datasets.Dataset.from_list([{"id": i, "text": text} for i, text in enumerate([*TEXTS, " "])])
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    assert sorted(read_corpus("some/corpus:20231101.en", 10)) == sorted(TEXTS)
+    assert set(read_corpus("some/corpus", 3)) < set(TEXTS) | {" "}
+    assert asked == [(("some/corpus", "20231101.en"), {"split": "train"}), (("some/corpus", None), {"split": "train"})]
+
+
+def test_a_hub_corpus_that_cannot_be_had_is_told_with_a_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(*_: Any, **__: Any) -> datasets.Dataset:
+        raise ConnectionError("no\nroute")
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    with pytest.raises(UserError) as caught:
+        read_corpus("some/corpus", 10)
+    advice = "give a local .txt, .jsonl or .json file instead"
+    assert str(caught.value) == f"method.statistics.corpus=some/corpus cannot be loaded (no route); {advice}"
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(UserError, match=f"pip install datasets, or {advice}"):
+        read_corpus("some/corpus", 10)
+
+
+def test_a_hub_corpus_without_texts_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.Dataset.from_list([{"body": "A text."}]))
+    with pytest.raises(UserError, match="every item must be a text or have a field 'text'"):
+        read_corpus("some/corpus", 10)
 
 
 def test_embedded_corpus_is_what_its_command_writes() -> None:

@@ -82,6 +82,7 @@ class RewritingEditor(Editor):
         self.contexts = None if contexts is None else Contexts.given(contexts)
         self.slice_size = self._batch_size = batch_size
         self.n_edits = 0
+        self.n_same_subject = 0
         self._projections: dict[str, nn.Module] = {path: model.get_submodule(path) for path in modules}
         self._target = model.get_submodule(target_module)
         self._target_layer = layers[-1]
@@ -134,6 +135,7 @@ class RewritingEditor(Editor):
                 problems[i] = str(reason)
         found = self._write_requests(requests, problems)
         self.n_edits += len(cases)
+        self.n_same_subject += len(requests) - len({request.subject for request in requests.values()})
         seconds = (time.perf_counter() - started) / len(cases)
         return [
             EditRecord(case.id, "failed", None, None, float("nan"), 0, seconds, problems[i])
@@ -219,19 +221,21 @@ class RewritingEditor(Editor):
     # --- State -----------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The rewritten weights, the contexts and the number of edits seen."""
+        """The rewritten weights, the contexts and what was counted."""
         contexts = {} if self.contexts is None else {"contexts": self.contexts.to_tensor()}
-        return {"n_edits": torch.tensor(self.n_edits), **contexts, **self.pristine.state_dict()}
+        counts = {"n_edits": torch.tensor(self.n_edits), "n_same_subject": torch.tensor(self.n_same_subject)}
+        return {**counts, **contexts, **self.pristine.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Go on from saved weights; what is read of the model as received is read first."""
-        if "n_edits" not in state:
-            raise ValueError("the state lacks 'n_edits'; it is not one of this editor's")
+        for name in ("n_edits", "n_same_subject"):
+            if name not in state:
+                raise ValueError(f"the state lacks '{name}'; it is not one of this editor's")
         if "contexts" in state:
             self.contexts = Contexts.from_tensor(state["contexts"])
         self._get_ready()
         self.pristine.load_state_dict(state)
-        self.n_edits = int(state["n_edits"])
+        self.n_edits, self.n_same_subject = int(state["n_edits"]), int(state["n_same_subject"])
 
     def detach(self) -> None:
         """Write the original weights back."""
@@ -246,10 +250,15 @@ class RewritingEditor(Editor):
         return 0
 
     def warnings(self) -> list[str]:
-        """Whether the slow path was taken, and the size of a turn."""
+        """Whether the slow path was taken, the size of a turn, and facts about one subject in the same turn."""
         found = [self._no_upper] if self._no_upper else []
         if self._batch_size > 1:
             found.append(f"edits are written in turns of {self._batch_size}; a turn ends at each checkpoint")
+        if self.n_same_subject:
+            found.append(
+                f"edits whose subject an earlier edit of the same turn has: {self.n_same_subject}; where their keys are"
+                " alike, their targets average out"
+            )
         return found
 
 

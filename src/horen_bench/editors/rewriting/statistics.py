@@ -1,15 +1,17 @@
 """Second moments of what enters a down-projection on general text: `C = 1/N sum_t x_t x_t^T`.
 
 Uncentred, every attended token counts once, BOS included, on the model as received. One pass over the corpus serves all
-layers and ends above the last. Memory: one `(m, m)` sum per layer where the model is, i.e. in float32 0.8 GB at
-m = 14,336 and 2.6 GB at m = 25,600; twice that in float64.
+layers and ends above the last; a pass that was stopped goes on from its last save, with the same sums. Memory: one
+`(m, m)` sum per layer where the model is, i.e. in float32 0.8 GB at m = 14,336 and 2.6 GB at m = 25,600; twice that in
+float64.
 """
 
 import hashlib
 import json
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ import torch
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -34,6 +36,7 @@ from horen_bench.prompts import Batch, pad, pad_id_of
 _GROUP = 100  # texts that are sorted by length together
 _BATCH_TOKENS = 8192  # padded tokens of a forward pass; the sums do not depend on it
 _MOST_BAD = 5  # texts with non-finite activations
+_SAVE_EVERY = 60.0  # seconds between saves of a pass; a slow save is repeated less often
 _HASHED = 512  # numbers of each end of a parameter
 
 
@@ -108,12 +111,52 @@ def second_moments(
     missing = [path for path in paths if path not in found]
     if missing:
         texts = read_corpus(recipe.corpus, recipe.n_texts)
+        unfinished = recipe.cache / f"unfinished-{_digest([files[path].name for path in missing], texts)}.safetensors"
         dtype = getattr(torch, recipe.dtype)
-        fresh = accumulate(model, tokenizer, missing, texts, max_length=recipe.max_length, dtype=dtype)
+        fresh = accumulate(
+            model, tokenizer, missing, texts, max_length=recipe.max_length, dtype=dtype, unfinished=unfinished
+        )
         for path, moment in fresh.items():
             _save(files[path], moment, {"module": path, "texts": len(texts), "corpus": recipe.corpus})
+        unfinished.unlink(missing_ok=True)
         found |= fresh
     return {path: found[path] for path in paths}
+
+
+@dataclass(slots=True)
+class Pass:
+    """A pass over a corpus, as far as it has come.
+
+    Attributes:
+        totals: by module, `sum_t x_t x_t^T`, `(m, m)`.
+        n_texts: texts read.
+        n_tokens: tokens in the sums.
+        n_bad: batches left out because of activations that are not finite.
+    """
+
+    totals: dict[str, Tensor] = field(default_factory=dict)
+    n_texts: int = 0
+    n_tokens: int = 0
+    n_bad: int = 0
+
+    def save(self, path: Path) -> None:
+        """Write it down, all or nothing."""
+        counts = torch.tensor([self.n_texts, self.n_tokens, self.n_bad])
+        totals = {name: total.cpu().contiguous() for name, total in self.totals.items()}
+        with replacing(path) as temporary:
+            save_file({"counts": counts, **totals}, temporary)
+
+    @classmethod
+    def load(cls, path: Path | None) -> "Pass":
+        """The saved pass; a new one where there is none, or a damaged one."""
+        if path is None or not path.exists():
+            return cls()
+        try:
+            totals = load_file(path)
+            n_texts, n_tokens, n_bad = totals.pop("counts").tolist()
+        except (SafetensorError, OSError, KeyError):
+            return cls()
+        return cls(totals, n_texts, n_tokens, n_bad)
 
 
 @torch.no_grad()
@@ -125,6 +168,7 @@ def accumulate(
     *,
     max_length: int,
     dtype: torch.dtype = torch.float32,
+    unfinished: Path | None = None,
 ) -> dict[str, SecondMoment]:
     """Sum up in one pass.
 
@@ -135,33 +179,48 @@ def accumulate(
         texts: one sequence each.
         max_length: tokens kept of a text.
         dtype: of the sums.
+        unfinished: file that the pass is saved in every minute and goes on from, or None. Sums are added up in the same
+            order, so that a stop leaves no trace in them.
 
     Raises:
         UserError: no text, or activations that are not finite in more than a few texts.
     """
     modules = {path: model.get_submodule(path) for path in paths}
     highest = model.get_submodule(block_of(max(paths, key=lambda path: decoder_layer_index(path) or 0)))
-    sums: dict[str, Tensor] = {}
-    n_tokens = n_bad = 0
+    so_far = Pass.load(unfinished)
+    next_save = time.monotonic() + _SAVE_EVERY
     columns = (TextColumn("{task.description}"), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("second moments", total=len(texts))
-        for rows in _batches(tokenizer, texts, max_length):
-            batch = pad(rows, pad_id_of(tokenizer), "right", device=model.device)
-            inputs = _attended(model, modules, highest, batch)
-            progress.advance(task, len(rows))
-            if not all_finite(*inputs.values()):
-                n_bad += 1
-                if n_bad > _MOST_BAD:
-                    raise UserError("the model's activations on method.statistics.corpus are not finite")
-                continue
-            n_tokens += int(batch.attention_mask.sum())
-            for path, x in inputs.items():
-                product = x.to(dtype).T @ x.to(dtype)
-                sums[path] = sums[path].add_(product) if path in sums else product
-    if n_tokens == 0:
+        task = progress.add_task("second moments", total=len(texts), completed=so_far.n_texts)
+        for start in range(so_far.n_texts, len(texts), _GROUP):
+            group = texts[start : start + _GROUP]
+            for rows in _batches(tokenizer, group, max_length):
+                batch = pad(rows, pad_id_of(tokenizer), "right", device=model.device)
+                _add(so_far, _attended(model, modules, highest, batch), dtype)
+            so_far.n_texts += len(group)
+            progress.update(task, completed=so_far.n_texts)
+            if unfinished is not None and time.monotonic() > next_save:
+                began = time.monotonic()
+                so_far.save(unfinished)
+                next_save = 11 * time.monotonic() - 10 * began + _SAVE_EVERY
+    if so_far.n_tokens == 0:
         raise UserError("method.statistics.corpus holds no text that gives finite activations")
-    return {path: SecondMoment(total, n_tokens) for path, total in sums.items()}
+    return {path: SecondMoment(total, so_far.n_tokens) for path, total in so_far.totals.items()}
+
+
+def _add(so_far: Pass, inputs: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+    """Add one batch's inputs `(N, m)` of each module."""
+    if not all_finite(*inputs.values()):
+        so_far.n_bad += 1
+        if so_far.n_bad > _MOST_BAD:
+            raise UserError("the model's activations on method.statistics.corpus are not finite")
+        return
+    so_far.n_tokens += len(next(iter(inputs.values())))
+    for path, x in inputs.items():
+        product = x.to(dtype).T @ x.to(dtype)
+        if path in so_far.totals:
+            product.add_(so_far.totals[path].to(product.device))
+        so_far.totals[path] = product
 
 
 class _Reached(Exception):  # noqa: N818 - no error, it ends a forward pass early
@@ -182,14 +241,13 @@ def _attended(
 
 
 def _batches(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_length: int) -> Iterator[list[list[int]]]:
-    """Token rows, longest first inside groups, cut so that a padded batch stays below a fixed size."""
-    for start in range(0, len(texts), _GROUP):
-        encoded = tokenizer(list(texts[start : start + _GROUP]), truncation=True, max_length=max_length)
-        rows: list[list[int]] = sorted((row for row in encoded["input_ids"] if row), key=len, reverse=True)
-        while rows:
-            n_rows = max(1, _BATCH_TOKENS // len(rows[0]))
-            yield rows[:n_rows]
-            rows = rows[n_rows:]
+    """Token rows, longest first, cut so that a padded batch stays below a fixed size."""
+    encoded = tokenizer(list(texts), truncation=True, max_length=max_length)
+    rows: list[list[int]] = sorted((row for row in encoded["input_ids"] if row), key=len, reverse=True)
+    while rows:
+        n_rows = max(1, _BATCH_TOKENS // len(rows[0]))
+        yield rows[:n_rows]
+        rows = rows[n_rows:]
 
 
 def block_of(path: str) -> str:
@@ -218,6 +276,14 @@ def model_fingerprint(model: PreTrainedModel) -> str:
         flat = parameter.detach().flatten()
         ends = torch.cat([flat[:_HASHED], flat[-_HASHED:]]).float().cpu()
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode() + ends.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _digest(names: Sequence[str], texts: Sequence[str]) -> str:
+    """Sixteen hex digits over the moments that a pass makes and the texts that it reads."""
+    digest = hashlib.sha256("\0".join(names).encode())
+    for text in texts:
+        digest.update(text.encode() + b"\0")
     return digest.hexdigest()[:16]
 
 
