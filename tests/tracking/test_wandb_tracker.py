@@ -22,12 +22,14 @@ import wandb
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from horen_bench import tracking
 from horen_bench.errors import UserError
-from horen_bench.tracking import NoTracker, WandbTracker
+from horen_bench.store import RunStore
+from horen_bench.tracking import NoTracker, WandbTracker, wandb_tracker
+from horen_bench.tracking.__main__ import main
+from horen_bench.tracking.upload import upload
 
 PROTO: Any = importlib.import_module("wandb.proto.wandb_internal_pb2")  # generated, without types
-CONF = Path(__file__).parents[1] / "conf" / "tracker"
+CONF = Path(__file__).parents[2] / "conf" / "tracker"
 RUN_ID = "0123456789abcdef"
 CONFIG = {
     "model": {"name": "tiny"},
@@ -82,7 +84,9 @@ def _row(n: int, **changes: Any) -> dict[str, Any]:
         "edit_seconds": 1.5 * n,
         "eval_seconds": 2.0,
         "edits_per_second": 2 / 3,
+        "inference_ms": 0.5,
         "side_parameters": 2**40,
+        "side_keys": 128,
         "peak_memory_bytes": 4096,
         "protocol": "greedy",
         "warnings": math.nan,
@@ -166,7 +170,9 @@ def _metrics(step: int, n: int, rel: float, items: int) -> dict[str, Any]:
         "cost/edit_seconds": 1.5 * n,
         "cost/eval_seconds": 2.0,
         "cost/edits_per_second": 2 / 3,
+        "cost/inference_ms": 0.5,
         "cost/side_parameters": 2**40,
+        "cost/side_keys": 128,
         "cost/peak_memory_bytes": 4096,
     }
 
@@ -201,39 +207,46 @@ def test_finished_run_exits_with_code_zero(finished: Path) -> None:
 
 
 def _artifact(run_dir: Path) -> tuple[Any, dict[str, Path]]:
-    (artifact,) = _of(_closed(run_dir)[-1], "artifact")
+    """The artifact of per-case rows and its files; the client adds one of its own for the table."""
+    (artifact,) = (one for one in _of(_closed(run_dir)[-1], "artifact") if one.type == "cases")
     return artifact, {entry.path: Path(entry.local_path) for entry in artifact.manifest.contents}
+
+
+def _table(run_dir: Path) -> Any:
+    """The table `cases` that the summary points to."""
+    (files,) = (run_dir / "wandb").glob("*/files")
+    return json.loads((files / _summary(_closed(run_dir)[-1])["cases"]["path"]).read_text())
 
 
 def test_artifact_holds_all_cases_as_parquet(finished: Path) -> None:
     artifact, files = _artifact(finished)
-    assert (artifact.type, artifact.name) == ("cases", f"cases-{RUN_ID}")
+    assert artifact.name == f"cases-{RUN_ID}"
     stored = pd.read_parquet(files["cases.parquet"])
     plain = ["n", "case", "rel", "inserted"]
     pd.testing.assert_frame_equal(stored[plain], CASES[plain])
     assert [None if p is None else list(p) for p in stored["predictions"]] == list(CASES["predictions"])
 
 
-def test_artifact_holds_a_table_with_gaps_for_missing_values(finished: Path) -> None:
-    artifact, files = _artifact(finished)
-    table = json.loads(files["cases.table.json"].read_text())
+def test_summary_holds_a_table_of_the_cases_with_gaps_for_missing_values(finished: Path) -> None:
+    assert _summary(_closed(finished)[0])["cases"]["_type"] == "table-file"
+    table = _table(finished)
     assert table["columns"] == list(CASES.columns)
     assert table["data"] == [
         [10, "a", 1.0, True, "['Oslo', 'Bergen']"],
         [10, "b", None, False, "[]"],
         [20, "a", 0.5, True, None],
     ]
-    assert json.loads(artifact.metadata) == {"rows": 3, "table_rows": 3, "table_is_complete": True}
+    assert json.loads(_artifact(finished)[0].metadata) == {"rows": 3, "table_rows": 3}
 
 
 def test_long_table_is_cut_to_its_last_rows_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tracking, "_TABLE_ROWS", 1)
+    monkeypatch.setattr(wandb_tracker, "_TABLE_ROWS", 1)
     tracker = _tracker()
     tracker.start(tmp_path, RUN_ID, CONFIG, [])
     tracker.finish(CASES)
     artifact, files = _artifact(tmp_path)
-    assert json.loads(artifact.metadata) == {"rows": 3, "table_rows": 1, "table_is_complete": False}
-    assert json.loads(files["cases.table.json"].read_text())["data"] == [[20, "a", 0.5, True, None]]
+    assert json.loads(artifact.metadata) == {"rows": 3, "table_rows": 1}
+    assert _table(tmp_path)["data"] == [[20, "a", 0.5, True, None]]
     assert len(pd.read_parquet(files["cases.parquet"])) == 3
 
 
@@ -258,7 +271,8 @@ def test_resumed_run_keeps_its_id_and_logs_only_what_is_missing(tmp_path: Path) 
     first.log(_row(20))
     first.log(_row(20))
     first.abort()
-    assert json.loads((tmp_path / "wandb.json").read_text()) == {"run_id": RUN_ID, "logged": ["greedy/10", "greedy/20"]}
+    logged = json.loads((tmp_path / "wandb.json").read_text())
+    assert logged == {"run_id": RUN_ID, "logged": ["greedy/10", "greedy/20"], "finished": False}
 
     second = _tracker()
     second.start(tmp_path, RUN_ID, CONFIG, [_row(10), _row(20), _row(30)])
@@ -272,12 +286,13 @@ def test_resumed_run_keeps_its_id_and_logs_only_what_is_missing(tmp_path: Path) 
     assert all(run.resume for records in processes for run in _of(records, "run"))
     assert [_of(records, "exit")[0].exit_code for records in processes] == [1, 0]
     assert [row["_step"] for records in processes for row in _history(records)] == [0, 1, 2, 3]
-    assert json.loads((tmp_path / "wandb.json").read_text())["logged"] == [f"greedy/{n}" for n in (10, 20, 30, 40)]
+    ledger = json.loads((tmp_path / "wandb.json").read_text())
+    assert ledger == {"run_id": RUN_ID, "logged": [f"greedy/{n}" for n in (10, 20, 30, 40)], "finished": True}
     assert {path.name for path in tmp_path.iterdir()} == {"wandb", "wandb.json"}
 
 
 def test_resumed_run_with_nothing_left_to_log_still_has_its_summary(tmp_path: Path) -> None:
-    (tmp_path / "wandb.json").write_text(json.dumps({"run_id": RUN_ID, "logged": ["greedy/10"]}))
+    (tmp_path / "wandb.json").write_text(json.dumps({"run_id": RUN_ID, "logged": ["greedy/10"], "finished": False}))
     tracker = _tracker()
     tracker.start(tmp_path, RUN_ID, CONFIG, [_row(10)])
     tracker.finish(CASES)
@@ -392,7 +407,7 @@ def test_online_without_login_is_refused_without_a_prompt(tmp_path: Path) -> Non
     finally:
         os.close(keyboard)
         os.close(terminal)
-    expected = "W&B is not logged in: run `wandb login`, or use tracker.mode=offline."
+    expected = "W&B is not logged in: run `wandb login`, or stay offline (tracker.mode=offline, upload --offline)."
     assert printed.strip() == expected
     assert list(run_dir.iterdir()) == []
 
@@ -420,17 +435,23 @@ def test_run_goes_on_when_the_client_dies(tmp_path: Path) -> None:
     problem = _python(script, tmp_path, run_dir).strip().splitlines()[-1]
     assert problem.startswith("W&B tracking stopped at 20 edits (ConnectionResetError")
     assert problem.endswith("the stored results are not affected.")
-    assert json.loads((run_dir / "wandb.json").read_text()) == {"run_id": "id", "logged": ["greedy/10"]}
+    assert json.loads((run_dir / "wandb.json").read_text()) == {
+        "run_id": "id",
+        "logged": ["greedy/10"],
+        "finished": False,
+    }
 
 
 def test_run_is_closed_even_where_its_cases_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tracking, "_cases_artifact", lambda *_: 1 / 0)
+    monkeypatch.setattr(wandb_tracker, "_cases_artifact", lambda *_: 1 / 0)
     tracker = _tracker()
     tracker.start(tmp_path, RUN_ID, CONFIG, [_row(10)])
     tracker.finish(CASES)
     assert tracker.problem is not None
     assert "stopped at the end of the run (ZeroDivisionError" in tracker.problem
-    assert [len(_of(_closed(tmp_path)[0], kind)) for kind in ("history", "artifact", "exit")] == [1, 0, 1]
+    records = _closed(tmp_path)[0]
+    assert [len(_of(records, kind)) for kind in ("history", "exit")] == [1, 1]
+    assert "cases" not in {artifact.type for artifact in _of(records, "artifact")}
 
 
 def test_rows_of_a_killed_process_are_in_its_file(tmp_path: Path) -> None:
@@ -460,3 +481,68 @@ def test_config_file_builds_its_tracker(name: str, kind: type) -> None:
     if isinstance(tracker, WandbTracker):
         assert (tracker.project, tracker.mode, tracker.entity) == ("horen-bench", "online", None)
         assert (tracker.group, tracker.tags) == ("tiny-facts", [])
+
+
+# --- Runs that were not tracked while they ran ---------------------------------------------------------
+
+
+def _stored(run_dir: Path) -> RunStore:
+    """A run directory as a finished run leaves it: two protocols at each of two checkpoints."""
+    store = RunStore(run_dir)
+    config = {**CONFIG, "seed": 7, "tracker": {"_target_": "horen_bench.tracking.NoTracker"}}
+    store.describe(OmegaConf.to_yaml(OmegaConf.create(config)), {}, {})
+    for n in (10, 20):
+        for protocol in ("greedy", "release"):
+            cases = pd.DataFrame({"n": n, "protocol": protocol, "case": ["a", "b"]})
+            store.add_checkpoint({**_row(n, protocol=protocol), "run": RUN_ID}, cases)
+    return store
+
+
+def test_stored_run_lands_where_a_tracked_one_does_and_only_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = _stored(tmp_path / "run")
+    call = ["upload", str(store.path), "--offline", "--project", "other", "--tag", "late"]
+    assert main(call) == 0
+    assert capsys.readouterr().out == f"{store.path}: copied\n"
+
+    (records,) = _closed(store.path)
+    run = _of(records, "run")[0]
+    assert (run.run_id, run.project, run.run_group) == (RUN_ID, "other", "tiny-facts")
+    assert (run.display_name, list(run.tags)) == ("horen-tiny-facts-01234567", ["late"])
+    assert _values(run.config.update)["method"] == CONFIG["method"]
+    history = _history(records)
+    assert [(row["edits"], row.get("greedy/rel"), row.get("release/rel")) for row in history] == [
+        (10, 0.51, None),
+        (20, 0.52, None),
+        (10, None, 0.51),
+        (20, None, 0.52),
+    ]
+    assert len(pd.read_parquet(_artifact(store.path)[1]["cases.parquet"])) == 8
+
+    assert main(call) == 0
+    assert "nothing new" in capsys.readouterr().out
+    assert len(_closed(store.path)) == 1, "no second process opened the run"
+
+
+def test_later_rows_of_an_uploaded_run_follow(tmp_path: Path) -> None:
+    store = _stored(tmp_path)
+    assert upload(store.path, {"mode": "offline"})
+    store.add_checkpoint({**_row(30), "run": RUN_ID}, pd.DataFrame({"n": [30], "protocol": "greedy", "case": "a"}))
+    assert upload(store.path, {"mode": "offline"})
+    assert [[row["edits"] for row in _history(records)] for records in _closed(store.path)] == [[10, 20, 10, 20], [30]]
+    assert not upload(store.path, {"mode": "offline"})
+
+
+def test_a_directory_without_results_is_refused_and_left_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["upload", str(tmp_path / "none"), "--offline"]) == 2
+    assert "none is no run directory with a stored checkpoint" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_that_is_at_work_is_not_uploaded(tmp_path: Path) -> None:
+    store = _stored(tmp_path)
+    with store.locked(), pytest.raises(UserError, match="another process is working on this run"):
+        upload(store.path, {"mode": "offline"})

@@ -1,11 +1,12 @@
-"""A copy of a run's numbers for a dashboard (Weights & Biases); tables never read from it."""
+"""The copy of a run on Weights & Biases."""
 
 import json
+import re
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -16,7 +17,8 @@ from horen_bench.errors import UserError
 if TYPE_CHECKING:
     import wandb
 
-_COST_SUFFIXES = ("_seconds", "_bytes", "_parameters", "_per_second")
+_COSTS = re.compile(r"side_.*|.*(_seconds|_ms|_bytes|_parameters|_per_second)")
+CASES = "cases"  # name of the per-case table in a run's summary
 _TABLE_ROWS = 10_000  # what W&B shows of a table without complaint
 
 # The run alone is recorded: no console, code, git, packages or machine.
@@ -38,60 +40,14 @@ _SETTINGS: dict[str, Any] = {
 }
 
 
-class Tracker(Protocol):
-    """A copy of a run's numbers for a dashboard; the store stays the source of every table."""
-
-    problem: str | None  # why tracking stopped before the run did, to be shown beside the result
-
-    def start(self, run_dir: Path, run_id: str, config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
-        """Open the tracked run, or go on with it.
-
-        Args:
-            run_dir: the run's directory in the store; it must exist.
-            run_id: the run's identity in the store.
-            config: the resolved configuration, with `name` in each of `method`, `model`, `dataset`.
-            rows: checkpoint rows that an earlier, interrupted process stored; those that it did not
-                log are logged now, never twice.
-
-        Raises:
-            UserError: the dashboard cannot be reached or does not know the user.
-        """
-
-    def log(self, row: Mapping[str, Any]) -> None:
-        """Log one checkpoint row (keys as in checkpoints.csv; None and NaN mean missing)."""
-
-    def finish(self, cases: pd.DataFrame) -> None:
-        """Write the summary, upload the per-case table, close."""
-
-    def abort(self) -> None:
-        """Close after an error or an interruption, without marking the run finished."""
-
-
-class NoTracker:
-    """Tracks nothing."""
-
-    problem: str | None = None
-
-    def start(self, run_dir: Path, run_id: str, config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
-        """Do nothing."""
-
-    def log(self, row: Mapping[str, Any]) -> None:
-        """Do nothing."""
-
-    def finish(self, cases: pd.DataFrame) -> None:
-        """Do nothing."""
-
-    def abort(self) -> None:
-        """Do nothing."""
-
-
 class WandbTracker:
     """Copies a run to Weights & Biases, online or into local files.
 
     Every metric is drawn against `edits`, the number of edits written so far; scores carry their protocol in
     front (`greedy/rel`), costs do not. `run_dir/wandb.json` remembers which rows are logged; the count of them is
-    W&B's step, so that a row that reaches the server twice is refused there. When W&B fails in the middle of a run,
-    `problem` says so and the run goes on untracked.
+    W&B's step, so that a row that reaches the server twice is refused there. The last per-case rows are the table
+    `cases` in the summary, all of them an artifact. When W&B fails in the middle of a run, `problem` says so and the
+    run goes on untracked.
     """
 
     def __init__(self, project: str, entity: str | None, mode: str, group: str | None, tags: Sequence[str]) -> None:
@@ -133,7 +89,9 @@ class WandbTracker:
         ledger = ledger or _Ledger(run_dir / "wandb.json", run_id)
         try:
             if self.mode == "online" and not wandb.login(prompt=False, verify=False):
-                raise UserError("W&B is not logged in: run `wandb login`, or use tracker.mode=offline.")
+                raise UserError(
+                    "W&B is not logged in: run `wandb login`, or stay offline (tracker.mode=offline, upload --offline)."
+                )
             run = self._open(ledger.run_id, name, run_dir, config)
             if run.resumed and not known:
                 # The same settings ran before, elsewhere or before force=true; its curves stay its own.
@@ -144,7 +102,7 @@ class WandbTracker:
             run.define_metric("*", step_metric="edits")
         except (wandb.errors.Error, ValueError, OSError) as error:
             raise UserError(
-                f"W&B did not open the run ({_in_one_line(error)}); use tracker.mode=offline or tracker=none."
+                f"W&B did not open the run ({in_one_line(error)}); use tracker.mode=offline or tracker=none."
             ) from error
         ledger.write()
         self._run, self._ledger = run, ledger
@@ -176,7 +134,7 @@ class WandbTracker:
 
         A row that is logged already is passed over; a missing value is not logged.
         """
-        place = f"{row['protocol']}/{int(row['n'])}"
+        place = _place(row)
         numbers, texts = _numbers_and_texts(row)
         self._last = row
         if self._run is None or self._ledger is None or place in self._ledger.logged:
@@ -187,18 +145,21 @@ class WandbTracker:
             self._ledger.add(place)
 
     def finish(self, cases: pd.DataFrame) -> None:
-        """Set the summary to the last row, upload the per-case table as an artifact, close the run."""
-        run = self._run
-        if run is None:
+        """Set the summary to the last row, upload the per-case rows, close the run."""
+        run, ledger = self._run, self._ledger
+        if run is None or ledger is None:
             return
         with self._unharmed("at the end of the run"):
             if self._last:
                 numbers, texts = _numbers_and_texts(self._last)
                 run.summary.update({**numbers, **texts})
+            run.summary.update({CASES: _cases_table(cases)})
             run.log_artifact(_cases_artifact(f"cases-{run.id}", cases))
         with self._unharmed("while closing the run"):  # tried even where the artifact failed
             run.finish(exit_code=0)
         self._run = None
+        if self.problem is None:
+            ledger.close()
 
     def abort(self) -> None:
         """Close the run as failed; a resumed process can go on with it."""
@@ -216,17 +177,24 @@ class WandbTracker:
         except Exception as error:
             self._run = None
             self.problem = self.problem or (
-                f"W&B tracking stopped {when} ({_in_one_line(error)}); the stored results are not affected."
+                f"W&B tracking stopped {when} ({in_one_line(error)}); the stored results are not affected."
             )
 
 
-class _Ledger:
-    """`wandb.json`: the W&B run that a run directory belongs to, and protocol and `n` of the rows logged there."""
+def is_tracked(run_dir: Path, rows: Iterable[Mapping[str, Any]]) -> bool:
+    """Whether W&B has these checkpoint rows of a run directory and its per-case rows."""
+    ledger = _Ledger.read(run_dir / "wandb.json")
+    return ledger is not None and ledger.finished and {_place(row) for row in rows} <= set(ledger.logged)
 
-    def __init__(self, path: Path, run_id: str, logged: Sequence[str] = ()) -> None:
+
+class _Ledger:
+    """`wandb.json`: the W&B run of a run directory, which rows are logged there, and whether the cases are too."""
+
+    def __init__(self, path: Path, run_id: str, logged: Sequence[str] = (), finished: bool = False) -> None:
         self.path = path
         self.run_id = run_id
         self.logged = list(logged)
+        self.finished = finished
 
     @classmethod
     def read(cls, path: Path) -> "_Ledger | None":
@@ -235,18 +203,31 @@ class _Ledger:
             return None
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-            return cls(path, str(content["run_id"]), [str(place) for place in content["logged"]])
+            logged = [str(place) for place in content["logged"]]
+            return cls(path, str(content["run_id"]), logged, bool(content["finished"]))
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path} is damaged; delete it to track the run as a new one.") from error
 
     def add(self, place: str) -> None:
-        """Note that a row is logged."""
+        """Note that a row is logged; its cases are not yet."""
         self.logged.append(place)
+        self.finished = False
+        self.write()
+
+    def close(self) -> None:
+        """Note that the cases are there too."""
+        self.finished = True
         self.write()
 
     def write(self) -> None:
         """Replace the file as a whole."""
-        write_text(self.path, json.dumps({"run_id": self.run_id, "logged": self.logged}) + "\n")
+        content = {"run_id": self.run_id, "logged": self.logged, "finished": self.finished}
+        write_text(self.path, json.dumps(content) + "\n")
+
+
+def _place(row: Mapping[str, Any]) -> str:
+    """What makes a checkpoint row one of its kind in its run."""
+    return f"{row['protocol']}/{int(row['n'])}"
 
 
 def _numbers_and_texts(row: Mapping[str, Any]) -> tuple[dict[str, int | float], dict[str, str]]:
@@ -258,39 +239,40 @@ def _numbers_and_texts(row: Mapping[str, Any]) -> tuple[dict[str, int | float], 
         if key in ("n", "protocol") or (pd.api.types.is_scalar(plain) and pd.isna(plain)):
             continue
         if isinstance(plain, int | float) and not isinstance(plain, bool):
-            numbers[f"{'cost' if key.endswith(_COST_SUFFIXES) else row['protocol']}/{key}"] = plain
+            numbers[f"{'cost' if _COSTS.fullmatch(key) else row['protocol']}/{key}"] = plain
         else:
             texts[key] = str(plain)
     return numbers, texts
 
 
-def _cases_artifact(name: str, cases: pd.DataFrame) -> "wandb.Artifact":
-    """An artifact with all of `cases` as parquet and its last rows as a table to browse."""
+def _cases_table(cases: pd.DataFrame) -> "wandb.Table":
+    """The last rows of `cases`, to browse."""
     import wandb  # noqa: PLC0415
 
     shown = cases.tail(_TABLE_ROWS)
-    cells = shown.astype(object).where(shown.notna(), None).map(_cell)
-    artifact = wandb.Artifact(
-        name,
-        type="cases",
-        description="One row per case and checkpoint. cases.parquet has all rows, the table the last ones.",
-        metadata={
-            "rows": len(cases),
-            "table_rows": len(shown),
-            "table_is_complete": len(shown) == len(cases),
-        },
-    )
+    columns: list[str | int] = [str(column) for column in shown.columns]
+    data: list[Iterable[Any]] = [[_cell(value) for value in row] for row in shown.itertuples(index=False, name=None)]
+    return wandb.Table(columns=columns, data=data, allow_mixed_types=True)
+
+
+def _cases_artifact(name: str, cases: pd.DataFrame) -> "wandb.Artifact":
+    """All of `cases` as parquet."""
+    import wandb  # noqa: PLC0415
+
+    description = f"One row per case, checkpoint and protocol; the table {CASES} of the run shows the last of them."
+    metadata = {"rows": len(cases), "table_rows": min(len(cases), _TABLE_ROWS)}
+    artifact = wandb.Artifact(name, type="cases", description=description, metadata=metadata)
     with artifact.new_file("cases.parquet", mode="wb") as file:
         cases.to_parquet(file, index=False)
-    columns: list[str | int] = [str(column) for column in cells.columns]
-    data: list[Iterable[Any]] = list(cells.itertuples(index=False, name=None))
-    artifact.add(wandb.Table(columns=columns, data=data, allow_mixed_types=True), "cases")
     return artifact
 
 
 def _cell(value: Any) -> str | int | float | bool | None:
-    return value if value is None or isinstance(value, str | int | float | bool) else str(value)
+    if pd.api.types.is_scalar(value) and pd.isna(value):
+        return None
+    return value if isinstance(value, str | int | float | bool) else str(value)
 
 
-def _in_one_line(error: BaseException) -> str:
+def in_one_line(error: BaseException) -> str:
+    """An error's kind and message without line breaks."""
     return " ".join(f"{type(error).__name__}: {error}".split())

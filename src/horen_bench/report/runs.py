@@ -1,0 +1,111 @@
+"""The stored runs that a report is about, and what sets them apart."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from horen_bench.errors import UserError
+from horen_bench.store import RunStore
+
+# Parts of a configuration in which two runs of one method on one model and dataset can differ.
+_SETTINGS = ("method", "dataset", "locality", "eval_cases", "template", "seed")
+_NOT_OF_THE_STREAM = ("protocol", "path", "paths", "train_path", "folder")
+
+
+@dataclass(frozen=True, slots=True)
+class StoredRun:
+    """What the store holds of one run.
+
+    Attributes:
+        name: name of its directory.
+        config: its resolved configuration; empty where the run failed before it wrote one.
+        rows: its checkpoint rows; may be empty.
+        cases: its per-case rows at the last checkpoint of each protocol.
+        failure: why its last attempt failed, if it did.
+    """
+
+    name: str
+    config: Mapping[str, Any]
+    rows: pd.DataFrame
+    cases: pd.DataFrame
+    failure: str | None = None
+
+    def label(self, part: str) -> str:
+        """The printed name of its `model`, `method` or `dataset`; "" where that is not known."""
+        chosen = self.config.get(part, {"name": ""})
+        return str(chosen.get("label", chosen["name"]))
+
+
+def read(results: Iterable[Path]) -> list[StoredRun]:
+    """The runs below results folders, by model, dataset, method and name.
+
+    Args:
+        results: folders with `runs/` in them (`results_dir` of the runs).
+
+    Raises:
+        UserError: a folder holds no run, or a run's files cannot be read.
+    """
+    found: list[StoredRun] = []
+    for folder in results:
+        directories = [path for path in (folder / "runs").glob("*") if path.is_dir()]
+        if not directories:
+            raise UserError(f"{folder} holds no runs (no directory in {folder / 'runs'}); run something first.")
+        found += [_read_run(path) for path in directories]
+    return sorted(found, key=lambda run: (*(run.label(part) for part in ("model", "dataset", "method")), run.name))
+
+
+def _read_run(path: Path) -> StoredRun:
+    store = RunStore(path)
+    try:
+        rows, cases = store.checkpoints(), _last(store.cases())
+        file = path / "config.yaml"
+        config = OmegaConf.to_container(OmegaConf.load(file)) if file.exists() or len(rows) else {}
+        assert isinstance(config, dict)
+        return StoredRun(path.name, {str(key): value for key, value in config.items()}, rows, cases, store.failure())
+    except (OSError, ValueError, YAMLError, OmegaConfBaseException, AssertionError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path} cannot be read ({reason}); move it away, or run it again with force=true.") from error
+
+
+def _last(cases: pd.DataFrame) -> pd.DataFrame:
+    """The rows at each protocol's last checkpoint."""
+    if cases.empty:
+        return cases
+    return cases[cases["n"] == cases.groupby("protocol")["n"].transform("max")].reset_index(drop=True)
+
+
+def variants(runs: Sequence[StoredRun]) -> list[str]:
+    """For each run the settings that set it apart from runs of the same method, model and dataset; "" for none.
+
+    A value that more than half of these runs have goes without saying. Where settings do not tell two runs apart, the
+    end of the directory's name does.
+    """
+    settings = [pd.json_normalize({key: run.config.get(key) for key in _SETTINGS}).astype(str) for run in runs]
+    flat = pd.concat(settings, ignore_index=True).fillna("")  # "": this run has no such setting
+    flat = flat[[name for name in flat.columns if name.rpartition(".")[2] not in _NOT_OF_THE_STREAM]]
+    texts = [""] * len(runs)
+    for places in _alike(runs):
+        own = flat.loc[places]
+        shares = own.apply(lambda column: column.map(column.value_counts(normalize=True)))
+        unusual = own.where(shares <= 0.5, "")
+        for place, values in zip(places, unusual.to_dict("records"), strict=True):
+            named = {str(name).removeprefix("method."): value for name, value in values.items() if value}
+            texts[place] = ", ".join(f"{name}={value}" for name, value in named.items())
+        for place in [one for one in places if [texts[other] for other in places].count(texts[one]) > 1]:
+            texts[place] = ", ".join(filter(None, [texts[place], runs[place].name.rpartition("-")[2]]))
+    return texts
+
+
+def _alike(runs: Sequence[StoredRun]) -> list[list[int]]:
+    """Positions of the runs that agree in model, method and dataset, group by group."""
+    groups: dict[tuple[str, ...], list[int]] = {}
+    for place, run in enumerate(runs):
+        key = tuple(run.label(part) for part in ("model", "method", "dataset"))
+        groups.setdefault(key, []).append(place)
+    return list(groups.values())
