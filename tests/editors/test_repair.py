@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from horen_bench.cases import EditCase
@@ -13,7 +14,10 @@ from horen_bench.editors.repair import (
     RepairEditor,
     Sample,
     Shard,
+    alignment,
     distillation,
+    gaussian,
+    inconsistent,
     loss_aware_ties,
     similarity_batches,
 )
@@ -43,6 +47,7 @@ SIDE: dict[str, Any] = {
     "loc_source": "disjoint",
     "irrelevant_prompts": None,
     "add_bias": True,
+    "shards_at_once": 1,
     "engine": "cached",
 }
 SETTINGS: dict[str, Any] = {
@@ -53,8 +58,11 @@ SETTINGS: dict[str, Any] = {
     "distill": "logit",
     "distill_lambda": 0.2,
     "temperature": 2.0,
+    "distill_spread": 0.1,
+    "consistency": None,
     "error_threshold": 0.85,
     "prune_threshold": 0.5,
+    "prune_noise": 0.0,
     "pool_limit": None,
     "max_rounds": 0,
     "max_retries": 3,
@@ -102,6 +110,21 @@ def test_distillation_is_the_squared_temperature_times_the_mean_divergence() -> 
     expected = 4 * sum(0.5 * (0.5 / share).log() for share in softened)
     torch.testing.assert_close(distillation(teacher, student, 2.0), torch.as_tensor(expected))
     assert distillation(student, student, 2.0).item() == pytest.approx(0)
+
+
+def test_alignment_pulls_to_the_seed_and_to_the_mean() -> None:
+    hidden, first, mean = torch.tensor([3.0, 4.0]), torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
+    # The direction is (.6, .8): 1 - .6 from the seed, .36 + .04 from the mean.
+    assert alignment(hidden, first, mean, 0.2, 0.5).item() == pytest.approx(0.2 * 0.4 + 0.5 * 0.4)
+
+
+def test_members_far_from_their_own_seed_are_inconsistent() -> None:
+    angles = torch.tensor([0.0, 0.5, 1.2, 0.1])
+    features = torch.stack([angles.cos(), angles.sin()], dim=1)
+    # To seed 0: 1 - cos(1.2) = .64, 1 - cos(.5) = .12; to seed 1: 1 - cos(.4) = .08.
+    assert inconsistent(features, [[0, 2], [1, 3]], 0.5) == [2]
+    assert inconsistent(features, [[0, 1, 2], [3]], 0.1) == [1, 2]
+    assert inconsistent(features, [[0], [1], [2], [3]], 1e-6) == []
 
 
 # --- Windows and feedback ------------------------------------------------------------------------------
@@ -180,14 +203,102 @@ def test_failures_survive_a_restart(build: Build) -> None:
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
-def test_teacher_changes_what_the_others_learn(build: Build) -> None:
+@pytest.mark.parametrize("kind", ["logit", "feature"])
+def test_teacher_changes_what_the_others_learn(build: Build, kind: str) -> None:
     weights = []
-    for distill in ("logit", "none"):
+    for distill in (kind, "none"):
         editor = build(distill=distill)
         editor.edit(CASES[:2])
         weights.append(editor.memories[0].weight)
         editor.detach()
     assert not torch.equal(*weights)
+
+
+def test_features_of_a_batch_are_the_seeds_and_the_mean_so_far(build: Build) -> None:
+    editor = build(distill="feature")
+    batch = editor._opened([Sample(case) for case in CASES], 0.0)
+    assert editor._teacher_of(batch) is None
+    batch.heard = [torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])]
+    teacher = editor._teacher_of(batch)
+    assert teacher is not None
+    assert teacher.tolist() == [[1, 0], [0.5, 0.5]]
+
+
+def near(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """The same state up to the rounding of float32, over as many steps as the tests take."""
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("changes", "distill"),
+    [({"max_rounds": 1, "error_threshold": 1.0}, "feature"), ({}, "logit")],
+    ids=["repairs", "windows"],
+)
+def test_shards_and_windows_side_by_side_are_those_trained_one_by_one(
+    build: Build, changes: dict[str, Any], distill: str
+) -> None:
+    more = [EditCase(f"{case.id} again", case.target, case.prompt) for case in CASES[:3]]
+    found = []
+    for side in ({"engine": "sequential"}, {}, {"shards_at_once": 4}):
+        editor = build(side, distill=distill, **changes)
+        records = [(one.case_id, one.action, one.steps) for one in editor.edit([*CASES, *more])]
+        found.append((editor.state_dict(), records))
+        editor.detach()
+    assert editor.slice_size == (4 if changes else 8)
+    together, together_records = found.pop()
+    for state, records in found:
+        assert together_records == records
+        near(together, state)
+
+
+def test_put_off_samples_wait_once_through_a_restart_and_are_written_before_questions(build: Build) -> None:
+    editor = build(consistency=1e-6)  # nobody but the seeds is like a seed
+    records = editor.edit(CASES)
+    put_off = [record.case_id for record in records if record.problem]
+    assert len(put_off) == 2
+    assert [sample.case.id for sample in editor.waiting] == put_off
+    assert (editor.n_trainings, editor.n_edits) == (2, 4)
+    state = editor.state_dict()
+    editor.detach()
+    resumed = build(consistency=1e-6)
+    resumed.load_state_dict(state)
+    records = resumed.edit([EditCase(f"{case.id} again", case.prompt, case.target) for case in CASES[:2]])
+    assert not set(put_off) & {sample.case.id for sample in resumed.waiting}
+    n_waiting = sum(record.problem is not None for record in records)
+    assert (len(resumed.waiting), resumed.n_trainings) == (n_waiting, 2 + 4 - n_waiting)
+    resumed.settle()
+    assert (resumed.waiting, resumed.n_trainings, resumed.n_edits) == ([], 6, 6)
+    before = resumed.state_dict()
+    resumed.settle()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in resumed.state_dict().items())
+
+
+def test_noise_on_repeated_trainings_has_its_deviation_and_comes_back(build: Build) -> None:
+    editor = build()
+    base = editor._linear.weight.detach()
+    assert editor._opened([Sample(CASES[0])], 0.0).weight is None
+    first, second = (editor._opened([Sample(CASES[0])], 0.5).weight for _ in range(2))
+    assert first is not None
+    assert second is not None
+    assert (first - base).std().item() == pytest.approx(0.5, rel=0.03)
+    assert not torch.equal(first, second)
+    torch.testing.assert_close(first - base, 0.5 * gaussian(base, [42, 1]))
+
+
+def test_only_repeated_trainings_start_from_noise(build: Build, monkeypatch: Any) -> None:
+    editor = build(max_rounds=1, error_threshold=1.0, prune_noise=0.25)
+    heard: list[float] = []
+    opened = editor._opened
+
+    def noting(samples: list[Sample], noise: float) -> Any:
+        heard.append(noise)
+        return opened(samples, noise)
+
+    monkeypatch.setattr(editor, "_opened", noting)
+    editor.edit(CASES)
+    assert heard == [0, 0, 0.25, 0.25]
 
 
 def test_released_mode_works_edit_by_edit_as_wise(build: Build) -> None:
@@ -200,7 +311,11 @@ def test_released_mode_works_edit_by_edit_as_wise(build: Build) -> None:
     ("changes", "sentence"),
     [
         ({"mode": "other"}, "method.mode"),
-        ({"distill": "feature"}, "method.distill"),
+        ({"distill": "features"}, "method.distill"),
+        ({"mode": "released", "distill": "feature"}, "neither distill=feature"),
+        ({"mode": "released", "distill": "none", "consistency": 0.5}, "neither distill=feature"),
+        ({"consistency": 0.0}, "method.consistency"),
+        ({"prune_noise": -1.0}, "method.prune_noise"),
         ({"temperature": 0.0}, "method.temperature"),
         ({"error_threshold": 2.0}, "method.error_threshold"),
         ({"prune_threshold": -1.0}, "method.prune_threshold"),

@@ -22,7 +22,15 @@ from horen_bench.editors.wise.masks import GradientMasks
 from horen_bench.editors.wise.merging import ties, trimmed
 from horen_bench.editors.wise.routing import Memory, Routed, route, scores
 from horen_bench.editors.wise.rows import TrainingRows, filled, generated_templates, training_rows
-from horen_bench.editors.wise.training import Margins, edit_loss, margin_loss
+from horen_bench.editors.wise.training import (
+    Labels,
+    Margins,
+    SideEdit,
+    SideTrained,
+    edit_loss,
+    margin_loss,
+    train_sides,
+)
 from horen_bench.errors import UserError
 from horen_bench.prompts import encode_prompts, pad
 
@@ -51,6 +59,7 @@ SETTINGS: dict[str, Any] = {
     "loc_source": "disjoint",
     "irrelevant_prompts": None,
     "add_bias": True,
+    "shards_at_once": 1,
     "engine": "cached",
 }
 
@@ -120,12 +129,14 @@ def test_contexts_are_written_by_the_model_alone(build: Build, golden_tokenizer:
 def test_margin_loss_averages_violators_only() -> None:
     found = margin_loss(torch.tensor([4.0, 12.0]), torch.tensor(3.0), Margins(5.0, 20.0, 10.0))
     assert found.item() == 17  # (3 - 4 + 10 and 3 - 12 + 10) / 2 = 5; 3 < 5; (16 + 8) / 2 = 12
+    two = margin_loss(torch.tensor([[4.0, 12.0], [40.0, 40.0]]), torch.tensor([3.0, 6.0]), Margins(5.0, 20.0, 10.0))
+    assert two.tolist() == [17, 1]  # of the second only 6 - 5 is above 0
 
 
 def test_edit_loss_divides_by_one_more_than_the_labels(golden_tokenizer: PreTrainedTokenizerBase) -> None:
     rows = rows_of(golden_tokenizer, "why")
     n = int(rows.n_labels[0])
-    found = edit_loss(torch.zeros(2 * n, 600), rows)
+    found = edit_loss(torch.zeros(2 * n, 600), Labels.of([rows]))
     assert found.item() == pytest.approx(math.log(600) * n / (n + 1))
 
 
@@ -329,21 +340,113 @@ def test_engines_give_the_same_stream(build: Build) -> None:
         torch.testing.assert_close(cached[key], tensor, rtol=1e-4, atol=1e-4, msg=key)
 
 
+# --- Shards side by side -------------------------------------------------------------------------------
+
+STREAM = [
+    *CASES,
+    EditCase("blank", "Who?", " "),
+    EditCase("short", "Where is Larkspur?", "Port Maribel"),
+    EditCase("long", "In which of the many cities by the wide northern sea was Edda Quillfeather born?", "Grenholm"),
+    EditCase("again", CASES[0].prompt, "Edda Quillfeather"),
+]
+
+
+def near(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """The same state up to the rounding of float32, over as many steps as the tests take."""
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("shards_at_once", "loss", "change", "retrieve"),
+    [(2, 0.02, 1e-4, True), (4, 9.0, 2.0, True), (4, 0.02, 1e-4, False)],
+    ids=["two", "some done early", "one merged weight"],
+)
+def test_shards_side_by_side_are_those_trained_one_by_one(
+    build: Build, shards_at_once: int, loss: float, change: float, retrieve: bool
+) -> None:
+    found, stopping = [], {"loss": loss, "change": change}
+    for at_once, engine in ((1, "sequential"), (1, "cached"), (shards_at_once, "cached")):
+        editor = build(shards_at_once=at_once, engine=engine, early_stopping=stopping, retrieve=retrieve)
+        records = editor.edit(STREAM)
+        found.append((editor.state_dict(), [(one.case_id, one.action, one.steps) for one in records]))
+        editor.detach()
+    plain, one_by_one, together = found
+    assert together[1] == one_by_one[1] == plain[1]
+    assert [case_id for case_id, *_ in together[1]] == [case.id for case in STREAM]
+    near(together[0], one_by_one[0])
+    near(together[0], plain[0])
+
+
+def test_stream_may_be_cut_anywhere_between_shards_side_by_side(build: Build) -> None:
+    editor = build(shards_at_once=3)
+    assert editor.slice_size == 6
+    editor.edit(STREAM)
+    expected = editor.state_dict()
+    editor.detach()
+    cut = build(shards_at_once=3)
+    cut.edit(STREAM[:1])
+    state = cut.state_dict()
+    cut.detach()
+    resumed = build(shards_at_once=3)
+    resumed.load_state_dict(state)
+    resumed.edit(STREAM[1:])
+    near(resumed.state_dict(), expected)
+
+
+def test_edit_without_a_finite_loss_leaves_its_neighbour_alone(
+    build: Build, golden_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    editor = build()
+    upper, base = editor._upper_layers(), editor._linear.weight.detach()
+    assert upper is not None
+    ones = torch.ones_like(base)
+    edits = [SideEdit(rows_of(golden_tokenizer, text), ones, base, 0) for text in ("why", "how is it")]
+    settings: dict[str, Any] = {"base": base, "schedule": editor.schedule}
+
+    def trained(chosen: list[SideEdit], extra: Tensor) -> list[SideTrained]:
+        forward = upper.side_pass([edit.rows for edit in chosen], None, editor._activation)
+        return train_sides(chosen, forward=forward, extra=lambda _done: extra, **settings)
+
+    broken, sound = trained(edits, torch.tensor([math.nan, 0.0]))
+    (alone,) = trained(edits[1:], torch.zeros(1))
+    assert (broken.finite, broken.steps) == (False, 0)
+    assert torch.equal(broken.weight, base)
+    assert sound.steps == alone.steps
+    torch.testing.assert_close(sound.weight, alone.weight, rtol=1e-4, atol=1e-4)
+
+
 # --- Where irrelevant prompts are from -----------------------------------------------------------------
 
 
-def test_disjoint_prompts_are_never_those_that_the_case_is_tested_on(build: Build) -> None:
-    editor = build()
-    tested = EditCase("x", "a", "b", locality=tuple(Probe(prompt, "c") for prompt in BUILT_IN[:5]))
-    assert editor._irrelevant_prompt(tested) == BUILT_IN[5]
-    assert editor._irrelevant_prompt(CASES[0]) == BUILT_IN[0]
+def test_no_case_may_be_tested_on_a_disjoint_prompt(build: Build, tmp_path: Path) -> None:
+    editor = build(n_steps=1)
+    tested = EditCase("x", "a", "b", locality=(Probe(BUILT_IN[5].title() + "?", "c"),))
+    with pytest.raises(UserError, match=r"method.irrelevant_prompts: case x .* give a file with other prompts"):
+        editor.expect([CASES[0], tested])
+    with pytest.raises(UserError, match="is in the list"):
+        editor.edit([CASES[0], tested])
+    assert editor.n_edits == 0
     assert "disjoint" in editor.warnings()[0]
+    editor.detach()
+    (tmp_path / "prompts.txt").write_text("the leak\n")
+    own = build(irrelevant_prompts=str(tmp_path / "prompts.txt"), n_steps=1)
+    own.expect([tested])
+    with pytest.raises(UserError, match="case y tests locality on 'The leak'"):
+        own.expect([EditCase("y", "a", "b", locality=(Probe("The leak", "c"),))])
+
+
+def test_disjoint_prompts_come_in_turn_whatever_is_tested(build: Build) -> None:
+    editor = build()
+    assert [editor._irrelevant_prompt(CASES[0], turn) for turn in (0, 1, 32)] == [BUILT_IN[i] for i in (0, 1, 0)]
 
 
 def test_release_trains_on_the_prompts_of_the_test_and_says_so(build: Build) -> None:
     editor = build(loc_source="release", n_steps=1)
     tested = EditCase("x", "a", "b", locality=(Probe("the leak", "c"),))
-    assert editor._irrelevant_prompt(tested) == "the leak"
+    editor.expect([tested])
+    assert editor._irrelevant_prompt(tested, 0) == "the leak"
     assert len(editor.warnings()) == 1
     assert "optimistic" in editor.warnings()[0]
     editor.edit(CASES[:1])
@@ -412,6 +515,7 @@ def test_state_of_another_module_is_refused(build: Build) -> None:
     [
         ({"module": "model.layers.9.mlp.down_proj"}, "has no such module"),
         ({"module": "model.layers.2.mlp"}, "a linear module is needed"),
+        ({"shards_at_once": 0}, "method.shards_at_once"),
         ({"merge_freq": 3}, "multiple of method.save_freq"),
         ({"save_freq": 0}, "multiple of method.save_freq"),
         ({"loc_source": "other"}, "method.loc_source must be"),

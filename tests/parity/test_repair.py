@@ -19,7 +19,7 @@ from horen_bench.cases import EditCase, Probe
 from horen_bench.editors import repair
 from horen_bench.editors.repair import RepairEditor
 from horen_bench.editors.wise import editor as wise_editor
-from horen_bench.editors.wise.training import SideTrained, train_side
+from horen_bench.editors.wise.training import SideTrained, train_sides
 from horen_bench.prompts import encode_prompts
 
 BASELINES = Path(__file__).parents[2] / "baselines"
@@ -51,14 +51,18 @@ def published_editor(meta: dict[str, Any]) -> RepairEditor:
             "loc_source": "release",
             "irrelevant_prompts": None,
             "add_bias": False,
+            "shards_at_once": 1,
             "engine": "sequential",
         },
         act_weight=1.0,
         distill="logit",
         distill_lambda=values["lamda"],
         temperature=values["temperature"],
+        distill_spread=0.1,
+        consistency=None,
         error_threshold=0.85,
         prune_threshold=0.5,
+        prune_noise=0.0,
         pool_limit=None,
         max_rounds=1,
         max_retries=3,
@@ -80,16 +84,17 @@ def test_the_released_stream_is_the_recorded_one(monkeypatch: pytest.MonkeyPatch
     trained: list[SideTrained] = []
     terms: list[float] = []
 
-    def noting(*args: Any, **kwargs: Any) -> SideTrained:
-        trained.append(train_side(*args, **kwargs))
-        return trained[-1]
+    def noting(*args: Any, **kwargs: Any) -> list[SideTrained]:
+        found = train_sides(*args, **kwargs)
+        trained.extend(found)
+        return found
 
     def noting_terms(*args: Any) -> Tensor:
         terms.append(plain(*args).item())
         return plain(*args)
 
     plain = repair.distillation
-    monkeypatch.setattr(wise_editor, "train_side", noting)
+    monkeypatch.setattr(wise_editor, "train_sides", noting)
     monkeypatch.setattr(repair, "distillation", noting_terms)
     for i, item in enumerate(requests):
         terms.clear()

@@ -5,7 +5,7 @@ Nothing is injected but the contexts, which it had sampled: the gradient masks c
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from horen_bench.editors.wise import editor as wise_editor
 from horen_bench.editors.wise.merging import ties
 from horen_bench.editors.wise.routing import Memory, Routed
 from horen_bench.editors.wise.rows import TrainingRows
-from horen_bench.editors.wise.training import SideTrained, train_side
+from horen_bench.editors.wise.training import SideEdit, SideTrained, train_sides
 from horen_bench.prompts import encode_edit, encode_prompts
 
 BASELINES = Path(__file__).parents[2] / "baselines"
@@ -81,6 +81,7 @@ def published_editor(meta: dict[str, Any], engine: Any) -> WiseEditor:
         loc_source="release",
         irrelevant_prompts=None,
         add_bias=False,
+        shards_at_once=1,
         engine=engine,
     )
 
@@ -93,16 +94,16 @@ def run(request: pytest.FixtureRequest) -> Iterator[Run]:
     editor = published_editor(meta, engine)
     noted = Run(recorded, editor, [], [], [], [], [], [])
 
-    def noting(*args: Any, **kwargs: Any) -> SideTrained:
-        found = train_side(*args, **kwargs)
-        noted.rows.append(kwargs["rows"])
-        noted.masks.append(kwargs["mask"])
-        noted.trained.append(found)
-        noted.lowest.append(min(editor._lowest, found.activation))
+    def noting(edits: Sequence[SideEdit], **kwargs: Any) -> list[SideTrained]:
+        found = train_sides(edits, **kwargs)
+        noted.rows.extend(edit.rows for edit in edits)
+        noted.masks.extend(edit.mask for edit in edits)
+        noted.trained.extend(found)
+        noted.lowest.extend(min(editor._lowest, one.activation) for one in found)
         return found
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(wise_editor, "train_side", noting)
+        patch.setattr(wise_editor, "train_sides", noting)
         for i, item in enumerate(requests()):
             locality = (Probe(item["locality_prompt"], item["locality_answer"]),)
             noted.records.extend(editor.edit([EditCase(str(i), item["prompt"], item["target_new"], locality=locality)]))

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -20,14 +21,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from horen_bench.cases import EditCase, Probe
 from horen_bench.editors.base import EditRecord
-from horen_bench.editors.wise.editor import NOTHING_RECORDED, WiseEditor, record_of
+from horen_bench.editors.wise.editor import NOTHING_RECORDED, OpenShard, WiseEditor, record_of
 from horen_bench.editors.wise.routing import Memory
-from horen_bench.editors.wise.rows import TrainingRows
-from horen_bench.editors.wise.training import Extra, Forward, Pass, SideTrained
+from horen_bench.editors.wise.training import Extra, Labels, Pass, SideEdit, SideTrained
 from horen_bench.errors import UserError
 from horen_bench.prompts import encode_edit, encode_prompts, last_prompt_positions, pad, pad_id_of
 
-Distill = Literal["logit", "none"]
+Distill = Literal["logit", "feature", "none"]
 Mode = Literal["paper", "released"]
 
 _TEACHING_GROUPS = (1, 2, 3)  # groups whose first edit becomes the teacher in the published code
@@ -40,14 +40,24 @@ class Sample:
     Attributes:
         case: the edit.
         retries: how often it was trained again.
+        deferred: whether the consistency filter has put it off, which it does once.
         trained: its last training.
         steps: SGD steps over all trainings.
     """
 
     case: EditCase
     retries: int = 0
+    deferred: bool = False
     trained: SideTrained | None = None
     steps: int = 0
+
+
+@dataclass(slots=True)
+class OpenBatch(OpenShard):
+    """A shard in training: the samples of its cases, and what the ones before leave as a lesson to the next."""
+
+    samples: Sequence[Sample] = ()
+    heard: list[Tensor] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -83,6 +93,18 @@ def similarity_batches(features: Tensor, size: int) -> list[list[int]]:
     return batches
 
 
+def inconsistent(features: Tensor, batches: Sequence[Sequence[int]], limit: float) -> list[int]:
+    """Members too far from the seed of their batch, in order: one minus their cosine is at least `limit`.
+
+    Args:
+        features: unit vectors `(n, m)`.
+        batches: of `similarity_batches`.
+        limit: in [0, 2].
+    """
+    far = 1 - features @ features.T >= limit
+    return sorted(i for seed, *others in batches for i in others if far[seed, i])
+
+
 def loss_aware_ties(weights: Sequence[Tensor], base: Tensor, losses: Sequence[float], sensitivity: float) -> Tensor:
     """Merge weights, those of lower loss counting more (paper section 2.5, Algorithm 4).
 
@@ -115,6 +137,20 @@ def distillation(teacher: Tensor, student: Tensor, temperature: float) -> Tensor
     return temperature**2 * F.kl_div(found, wanted, reduction="sum", log_target=True) / len(student)
 
 
+def alignment(hidden: Tensor, first: Tensor, mean: Tensor, pull: float, spread: float) -> Tensor:
+    """Feature distillation (paper Eq. 4), a scalar.
+
+    Args:
+        hidden: final hidden state of a sample, `(d,)`; only its direction counts.
+        first: that of the batch's seed, a unit vector.
+        mean: of the unit vectors of the batch so far.
+        pull: weight of one minus the cosine to the seed, λ.
+        spread: weight of the squared distance to the mean, ϑ.
+    """
+    direction = F.normalize(hidden.float(), dim=-1)
+    return pull * (1 - direction @ first) + spread * (direction - mean).square().sum()
+
+
 class RepairEditor(WiseEditor):
     """REPAIR on one model.
 
@@ -126,12 +162,16 @@ class RepairEditor(WiseEditor):
         mode: `paper` or `released`.
         side: everything else that `WiseEditor` takes; `save_freq` is the size of a batch, `merge_freq` of a window.
         act_weight: weight of the activation loss.
-        distill: `logit` or `none`.
+        distill: `logit`, `feature` or `none`.
         distill_lambda: weight of the distillation.
-        temperature: of the distillation.
+        temperature: of `logit`.
+        distill_spread: weight of the distance to the batch's mean, of `feature`.
+        consistency: a sample whose cosine distance to the seed of its batch is at least this waits for the next window;
+            None: none does.
         error_threshold: a sample whose share of right target tokens is at most this has failed.
         prune_threshold: a shard is pruned where more than this share of its members failed.
         pool_limit: or where more failures than this wait; None: `merge_freq`.
+        prune_noise: standard deviation of what is added to the module's weight where trainings are repeated.
         max_rounds: prunings per window.
         max_retries: times that one sample is trained again.
         max_trainings: trainings of the whole stream, first ones not limited.
@@ -154,15 +194,23 @@ class RepairEditor(WiseEditor):
         distill: Distill,
         distill_lambda: float,
         temperature: float,
+        distill_spread: float,
+        consistency: float | None,
         error_threshold: float,
         prune_threshold: float,
+        prune_noise: float,
         pool_limit: int | None,
         max_rounds: int,
         max_retries: int,
         max_trainings: int,
         loss_sensitivity: float,
     ) -> None:
-        _check(mode, distill, temperature, error_threshold, prune_threshold)
+        _check_kind(mode, distill, consistency)
+        if not temperature > 0:
+            raise UserError(f"method.temperature must be > 0, got {temperature}")
+        _check_range("error_threshold", error_threshold, high=1)
+        _check_range("prune_threshold", prune_threshold, high=1)
+        _check_range("prune_noise", prune_noise)
         super().__init__(model, tokenizer, seed=seed, module=module, **side)
         if mode == "released" and distill == "logit" and self.engine == "cached":
             raise UserError("method.mode=released distills all positions; set method.side.engine=sequential")
@@ -174,7 +222,10 @@ class RepairEditor(WiseEditor):
         self.distill_lambda = distill_lambda
         self.temperature = temperature
         self.error_threshold = error_threshold
+        self.distill_spread = distill_spread
+        self.consistency = consistency
         self.prune_threshold = prune_threshold
+        self.prune_noise = prune_noise
         self.pool_limit = self.merge_freq if pool_limit is None else pool_limit
         self.max_rounds = max_rounds
         self.max_retries = max_retries
@@ -183,9 +234,13 @@ class RepairEditor(WiseEditor):
         self.n_shards = 0
         self.n_trainings = 0
         self.pool: list[Sample] = []
+        self.waiting: list[Sample] = []
+        self._seed = seed
         self._teacher: Tensor | None = None
         if mode == "paper":
-            self.slice_size = self.merge_freq
+            self.slice_size = self.merge_freq * self._windows_at_once()
+        elif distill == "logit":
+            self.shards_at_once = self.slice_size = 1  # what the teacher is depends on the order of all edits
 
     # --- The schedule of the paper: windows, shards, feedback, merge -----------------------------------
 
@@ -193,35 +248,144 @@ class RepairEditor(WiseEditor):
         """Write the cases window by window; one that is still open at the end is closed."""
         if self.mode == "released":
             return super().edit(cases)
-        windows = [cases[start : start + self.merge_freq] for start in range(0, len(cases), self.merge_freq)]
-        return [record for window in windows for record in self._write_window(window)]
+        self.expect(cases)
+        records: list[EditRecord] = []
+        for start in range(0, len(cases), self.merge_freq * self._windows_at_once()):
+            chosen = cases[start : start + self.merge_freq * self._windows_at_once()]
+            records += self._write_windows(
+                [chosen[at : at + self.merge_freq] for at in range(0, len(chosen), self.merge_freq)]
+            )
+        return records
 
-    def _write_window(self, cases: Sequence[EditCase]) -> list[EditRecord]:
+    def settle(self) -> None:
+        """Write what the consistency filter has put off, as a window of its own."""
+        if self.waiting:
+            self._write_windows([[]])
+
+    def _windows_at_once(self) -> int:
+        """Windows whose first trainings go side by side: one where a window's outcome tells what is in the next."""
+        coupled = self.max_rounds > 0 or self.consistency is not None
+        return 1 if coupled else max(1, self.shards_at_once * self.save_freq // self.merge_freq)
+
+    def _write_windows(self, windows: Sequence[Sequence[EditCase]]) -> list[EditRecord]:
         started = time.perf_counter()
-        samples = [Sample(case) for case in cases]
+        samples = [[Sample(case) for case in window] for window in windows]
+        batches = [self._window_batches(window) for window in samples]
+        shards = self._trained_batches([batch for some in batches for batch in some])
+        for window, some in zip(samples, batches, strict=True):
+            self._close_window([shards.pop(0) for _ in some])
+            self.n_edits += len(window)
+        written = [sample for window in samples for sample in window]
+        seconds = (time.perf_counter() - started) / max(1, len(written))
+        return [self._record(sample, seconds) for sample in written]
+
+    def _record(self, sample: Sample, seconds: float) -> EditRecord:
+        if sample in self.waiting:
+            problem = "put off by the consistency filter; written with the next window or before the next question"
+            return EditRecord(sample.case.id, "inserted", None, None, math.nan, 0, seconds, problem)
+        return replace(record_of(sample.case, sample.trained, seconds), steps=sample.steps)
+
+    def _window_batches(self, new: Sequence[Sample]) -> list[list[Sample]]:
+        """The window's batches, behind what waits; what the consistency filter finds too far from its seed waits."""
+        samples = [*self.waiting, *(one for one in new if self._askable(one.case))]
+        features, batches = self._batches(samples)
+        far = [] if self.consistency is None or not new else inconsistent(features, batches, self.consistency)
+        self.waiting = [samples[i] for i in far if not samples[i].deferred]
+        for sample in self.waiting:
+            sample.deferred = True
+        return [[samples[i] for i in batch if samples[i] not in self.waiting] for batch in batches]
+
+    def _batches(self, samples: Sequence[Sample]) -> tuple[Tensor, list[list[int]]]:
+        """Features `(n, m)`, and the batches of like samples as indices."""
+        features = self._features([sample.case.prompt for sample in samples])
+        return features, similarity_batches(features, self.save_freq)
+
+    def _close_window(self, shards: list[Shard]) -> None:
+        """Check the shards of a window, repair and merge them."""
         finished = list(self.memories)
-        shards = self._trained_shards([one for one in samples if self._askable(one.case)])
         for _ in range(self.max_rounds):
             self.memories = [*finished, *(shard.memory for shard in shards)]
             if not self._repair(shards):
                 break
         self.memories = [*finished, *self._merged_shards(shards)]
-        members = [sample for shard in shards for sample in shard.members]
-        self.pool = self._failures(members)
-        self.n_edits += len(cases)
-        seconds = (time.perf_counter() - started) / len(cases)
-        return [replace(record_of(one.case, one.trained, seconds), steps=one.steps) for one in samples]
+        self.pool = self._failures([sample for shard in shards for sample in shard.members])
 
-    def _trained_shards(self, samples: Sequence[Sample]) -> list[Shard]:
-        if not samples:
-            return []
-        features = self._features([sample.case.prompt for sample in samples])
-        batches = similarity_batches(features, self.save_freq)
-        return [self._trained_shard([samples[i] for i in batch]) for batch in batches]
+    def _trained_batches(self, batches: Sequence[Sequence[Sample]], noise: float = 0.0) -> list[Shard]:
+        """A shard per batch, as many side by side as wanted."""
+        groups = [batches[at : at + self.shards_at_once] for at in range(0, len(batches), self.shards_at_once)]
+        return [shard for group in groups for shard in self._side_by_side([self._opened(one, noise) for one in group])]
+
+    def _opened(self, samples: Sequence[Sample], noise: float) -> OpenBatch:
+        """A fresh shard for a batch, with the next mask; its weight is the module's own, and noise."""
+        number, first = self.n_shards, self.n_trainings
+        self.n_shards, self.n_trainings = number + 1, first + len(samples)
+        base = self._linear.weight.detach()
+        weight = base + noise * gaussian(base, [self._seed, number]) if noise else None
+        cases = [sample.case for sample in samples]
+        return OpenBatch(first, cases, self._masks.of(number), weight, NOTHING_RECORDED, samples)
+
+    def _side_by_side(self, opened: Sequence[OpenBatch]) -> list[Shard]:
+        """Train batches in lockstep, sample by sample; a batch's first sample teaches the others."""
+        for place in range(max(len(batch.samples) for batch in opened)):
+            present = [batch for batch in opened if place < len(batch.samples)]
+            edits = [
+                replace(self._side_edit(batch.cases[place], batch, place), teacher=self._teacher_of(batch))
+                for batch in present
+            ]
+            for batch, edit, trained in zip(present, edits, self._train(edits), strict=True):
+                sample = batch.samples[place]
+                sample.trained, sample.steps = replace(trained, last=None), sample.steps + trained.steps
+                batch.take(trained)
+                if trained.last is not None:
+                    batch.heard.append(self._lesson_of(trained.last, edit))
+        return [self._closed(batch) for batch in opened]
+
+    def _closed(self, batch: OpenBatch) -> Shard:
+        losses = [one.trained.loss for one in batch.samples if one.trained and math.isfinite(one.trained.loss)]
+        memory = Memory(self._start(batch.weight), batch.lowest)
+        return Shard(memory, list(batch.samples), sum(losses) / max(1, len(losses)))
+
+    # --- Distillation ----------------------------------------------------------------------------------
+
+    def _lesson_of(self, done: Pass, edit: SideEdit) -> Tensor:
+        """What a sample tells the others, at the last prompt token.
+
+        Each row's logits, `(R - 1, vocabulary)`, or the direction of the bare prompt's final hidden state, `(d,)`.
+        """
+        firsts = edit.rows.first_targets
+        return F.normalize(done.hidden[firsts[0]].float(), dim=-1) if self.distill == "feature" else done.logits[firsts]
+
+    def _teacher_of(self, batch: OpenBatch) -> Tensor | None:
+        """The seed's logits; or its direction and the mean direction so far, `(2, d)`."""
+        if self.distill == "none" or not batch.heard:
+            return None
+        if self.distill == "logit":
+            return batch.heard[0]
+        # A mean over the samples before, so that it does not move with the sample that is drawn to it.
+        return torch.stack([batch.heard[0], torch.stack(batch.heard).mean(dim=0)])
+
+    def _extra(self, edits: Sequence[SideEdit]) -> Extra | None:
+        if self.mode == "released":
+            return self._released_lesson(edits[0].number)
+        if all(edit.teacher is None for edit in edits):
+            return None
+        spans = Labels.of([edit.rows for edit in edits]).spans
+        return lambda done: torch.stack([self._distance(done.of(i, span), edits[i]) for i, span in enumerate(spans)])
+
+    def _distance(self, done: Pass, edit: SideEdit) -> Tensor:
+        """How far a sample is from its teacher, weighted."""
+        firsts, teacher = edit.rows.first_targets, edit.teacher
+        if teacher is None:
+            return done.logits.new_zeros(())
+        if self.distill == "feature":
+            return alignment(done.hidden[firsts[0]], teacher[0], teacher[1], self.distill_lambda, self.distill_spread)
+        return self.distill_lambda * distillation(teacher, done.logits[firsts], self.temperature)
 
     @torch.no_grad()
     def _features(self, prompts: Sequence[str]) -> Tensor:
         """Unit vectors `(n, m)`: the module's input at the last token of each bare prompt, in the frozen model."""
+        if not prompts:
+            return torch.empty(0, self._linear.in_features)
         batch = pad(encode_prompts(self.tokenizer, prompts), pad_id_of(self.tokenizer), device=self.model.device)
         found: list[Tensor] = []
 
@@ -232,34 +396,6 @@ class RepairEditor(WiseEditor):
         with self.hook.responding(read):
             self.model(batch.input_ids, batch.attention_mask, position_ids=batch.position_ids, use_cache=False)
         return F.normalize(found[0], dim=1)
-
-    def _trained_shard(self, samples: Sequence[Sample]) -> Shard:
-        """Train one batch on a fresh side weight; the seed's last logits teach the others."""
-        mask, weight, lowest = self._masks.of(self.n_shards), None, NOTHING_RECORDED
-        teacher = _Teacher()
-        for sample in samples:
-            rows = self._rows(sample.case)
-            extra = self._lesson(teacher.firsts, rows) if teacher.firsts is not None else None
-            trained = self._train(rows, mask, weight, wrap=teacher.listening(rows), extra=extra)
-            teacher.keep()
-            weight, lowest = trained.weight, min(lowest, trained.activation)
-            sample.trained, sample.steps = trained, sample.steps + trained.steps
-            self.n_trainings += 1
-        self.n_shards += 1
-        losses = [sample.trained.loss for sample in samples if sample.trained and math.isfinite(sample.trained.loss)]
-        assert weight is not None
-        return Shard(Memory(weight, lowest), list(samples), sum(losses) / max(1, len(losses)))
-
-    def _lesson(self, teacher: Tensor, rows: TrainingRows) -> Extra | None:
-        """The distillation term: each row's logits at its last prompt token beside the seed's."""
-        if self.distill == "none":
-            return None
-        return lambda done: (
-            self.distill_lambda * distillation(teacher, done.logits[rows.first_targets], self.temperature)
-        )
-
-    def _turn(self) -> int:
-        return self.n_trainings if self.mode == "paper" else self.n_edits
 
     # --- Error feedback --------------------------------------------------------------------------------
 
@@ -281,7 +417,8 @@ class RepairEditor(WiseEditor):
         for sample in again:
             sample.retries += 1
         self.pool = [one for one in failed if one not in again]
-        shards += self._trained_shards(again)
+        batches = [[again[i] for i in batch] for batch in self._batches(again)[1]]
+        shards += self._trained_batches(batches, self.prune_noise)
         return True
 
     def _failures(self, members: Sequence[Sample]) -> list[Sample]:
@@ -313,30 +450,29 @@ class RepairEditor(WiseEditor):
 
     # --- Distillation as released ----------------------------------------------------------------------
 
-    def _write_rows(self, rows: TrainingRows) -> SideTrained:
-        """Train as WISE does, beside the teacher's logits where the published code has one at hand."""
-        if self.distill == "none":
-            return super()._write_rows(rows)
-        start, mask = self.live.weight if self.live else None, self._masks.of(self.n_edits // self.save_freq)
-        if self.n_edits not in [group * self.save_freq for group in _TEACHING_GROUPS]:
-            return self._train(rows, mask, start, extra=self._released_lesson())
-        teacher = _Teacher()
-        trained = self._train(rows, mask, start, wrap=teacher.listening(rows))
-        stopped_early = trained.steps < self.schedule.n_steps
-        self._teacher = None if stopped_early else teacher.everything
+    def _train(self, edits: Sequence[SideEdit]) -> list[SideTrained]:
+        """As WISE; in the published code some edits become the teacher of the later ones, unless they stop early."""
+        trained = super()._train(edits)
+        for edit, one in zip(edits, trained, strict=True):
+            if self.mode == "released" and self.distill == "logit" and self._teaches(edit.number):
+                whole = one.last is not None and one.steps == self.schedule.n_steps
+                self._teacher = one.last.everything if one.last is not None and whole else None
         return trained
 
-    def _released_lesson(self) -> Extra | None:
+    def _teaches(self, number: int) -> bool:
+        return number in [group * self.save_freq for group in _TEACHING_GROUPS]
+
+    def _released_lesson(self, number: int) -> Extra | None:
         """All rows and positions, cut to the shorter batch from the left."""
         teacher = self._teacher
-        if teacher is None:
+        if self.distill == "none" or teacher is None or self._teaches(number):
             return None
 
         def lesson(done: Pass) -> Tensor:
             assert done.everything is not None
             n_columns = min(teacher.shape[1], done.everything.shape[1])
             pair = (teacher[:, :n_columns].flatten(0, 1), done.everything[:, :n_columns].flatten(0, 1))
-            return self.distill_lambda * distillation(*pair, self.temperature)
+            return self.distill_lambda * distillation(*pair, self.temperature)[None]
 
         return lesson
 
@@ -344,20 +480,21 @@ class RepairEditor(WiseEditor):
 
     def state_dict(self) -> dict[str, Tensor]:
         """WISE's state, the counters, the failures that wait, and the teacher as released."""
-        waiting = json.dumps([_plain(sample) for sample in self.pool]).encode()
         counters = torch.tensor([self.n_shards, self.n_trainings])
-        state = {**super().state_dict(), "counters": counters, "pool": torch.tensor(list(waiting), dtype=torch.uint8)}
+        samples = {"pool": _bytes(self.pool), "waiting": _bytes(self.waiting)}
+        state = {**super().state_dict(), "counters": counters, **samples}
         if self._teacher is not None:
             state["teacher"] = self._teacher.clone()
         return state
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Go on from saved side weights and failures."""
-        if "counters" not in state or "pool" not in state:
-            raise ValueError("the state lacks 'counters' or 'pool'; it is not one of this editor's")
+        for name in ("counters", "pool", "waiting"):
+            if name not in state:
+                raise ValueError(f"the state lacks '{name}'; it is not one of this editor's")
         super().load_state_dict(state)
         self.n_shards, self.n_trainings = state["counters"].tolist()
-        self.pool = [_sample(one) for one in json.loads(bytes(state["pool"].tolist()))]
+        self.pool, self.waiting = (_samples(state[name]) for name in ("pool", "waiting"))
         teacher = state.get("teacher")
         self._teacher = None if teacher is None else teacher.to(self._linear.weight.device)
 
@@ -368,33 +505,18 @@ class RepairEditor(WiseEditor):
         return [*super().warnings(), turns if self.mode == "paper" else "mode=released is WISE with other constants"]
 
 
-class _Teacher:
-    """Listens to forward passes and keeps the last logits of the first edit that it hears."""
+def gaussian(like: Tensor, seed: Sequence[int]) -> Tensor:
+    """Standard normal numbers of a tensor's shape, the same on every device."""
+    return torch.from_numpy(np.random.default_rng(seed).standard_normal(like.shape)).to(like)
 
-    def __init__(self) -> None:
-        self.firsts: Tensor | None = None
-        self.everything: Tensor | None = None
-        self._heard: Tensor | None = None
 
-    def listening(self, rows: TrainingRows) -> Any:
-        """A wrapper for a forward pass on `rows`."""
+def _bytes(samples: Sequence[Sample]) -> Tensor:
+    text = json.dumps([_plain(sample) for sample in samples])
+    return torch.tensor(list(text.encode()), dtype=torch.uint8)
 
-        def wrap(forward: Forward) -> Forward:
-            def heard(weight: Tensor) -> Pass:
-                done = forward(weight)
-                self._heard = done.logits.detach()[rows.first_targets]
-                if done.everything is not None:
-                    self.everything = done.everything.detach()
-                return done
 
-            return heard
-
-        return wrap
-
-    def keep(self) -> None:
-        """The edit that was heard last is over; the first one's logits stay."""
-        if self.firsts is None:
-            self.firsts = self._heard
+def _samples(saved: Tensor) -> list[Sample]:
+    return [_sample(one) for one in json.loads(bytes(saved.tolist()))]
 
 
 def _plain(sample: Sample) -> dict[str, Any]:
@@ -406,21 +528,30 @@ def _plain(sample: Sample) -> dict[str, Any]:
         "target": case.target,
         "locality": locality,
         "retries": sample.retries,
+        "deferred": sample.deferred,
     }
 
 
 def _sample(values: Mapping[str, Any]) -> Sample:
     locality = tuple(Probe(*pair) for pair in values["locality"])
-    return Sample(EditCase(values["id"], values["prompt"], values["target"], locality=locality), values["retries"])
+    return Sample(
+        EditCase(values["id"], values["prompt"], values["target"], locality=locality),
+        values["retries"],
+        values["deferred"],
+    )
 
 
-def _check(mode: str, distill: str, temperature: float, error_threshold: float, prune_threshold: float) -> None:
+def _check_kind(mode: str, distill: str, consistency: float | None) -> None:
     if mode not in ("paper", "released"):
         raise UserError(f"method.mode must be 'paper' or 'released', got '{mode}'")
-    if distill not in ("logit", "none"):
-        raise UserError(f"method.distill must be 'logit' or 'none', got '{distill}'")
-    if not temperature > 0:
-        raise UserError(f"method.temperature must be > 0, got {temperature}")
-    for name, value in (("error_threshold", error_threshold), ("prune_threshold", prune_threshold)):
-        if not 0 <= value <= 1:
-            raise UserError(f"method.{name} must be in [0, 1], got {value}")
+    if distill not in ("logit", "feature", "none"):
+        raise UserError(f"method.distill must be 'logit', 'feature' or 'none', got '{distill}'")
+    if mode == "released" and (distill == "feature" or consistency is not None):
+        raise UserError("method.mode=released has neither distill=feature nor consistency; set method.mode=paper")
+    if consistency is not None and not 0 < consistency <= 2:
+        raise UserError(f"method.consistency must be in (0, 2] or null, got {consistency}; it is one minus a cosine")
+
+
+def _check_range(name: str, value: float, high: float = math.inf) -> None:
+    if not 0 <= value <= high:
+        raise UserError(f"method.{name} must be in [0, {high:g}], got {value}")

@@ -1,13 +1,16 @@
 """WISE on one model: shards of edits, their merging, and inference through the router.
 
 A shard is `save_freq` edits that share a side weight and a gradient mask. A finished shard is stored, the side weight
-starts again from the module's own weight, and every `merge_freq` edits the stored shards become one.
+starts again from the module's own weight, and every `merge_freq` edits the stored shards become one. No shard depends
+on another, so those of one call of `edit` are trained side by side.
 Shapes: `m` input and `d` output size of the module.
 """
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -17,7 +20,7 @@ from transformers.activations import ACT2FN
 
 from horen_bench.cases import EditCase
 from horen_bench.editors.base import Editor, EditRecord
-from horen_bench.editors.wise.irrelevant import irrelevant_prompts
+from horen_bench.editors.wise.irrelevant import check_disjoint, irrelevant_prompts
 from horen_bench.editors.wise.layers import SideLayers, plain_pass
 from horen_bench.editors.wise.masks import GradientMasks
 from horen_bench.editors.wise.merging import ties
@@ -26,24 +29,47 @@ from horen_bench.editors.wise.rows import TrainingRows, generated_templates, tra
 from horen_bench.editors.wise.training import (
     Activation,
     Extra,
-    Forward,
     Margins,
+    SideEdit,
     SideSchedule,
     SideTrained,
     Stopping,
-    train_side,
+    train_sides,
 )
 from horen_bench.errors import UserError
 from horen_bench.models.architecture import check_module, decoder_layer_index, is_last_layer
 from horen_bench.models.upper import NotSupportedError
 from horen_bench.prompts import encode_edit
 
-Wrap = Callable[[Forward], Forward]
 Engine = Literal["cached", "sequential"]
 LocSource = Literal["disjoint", "release"]
 
 NOTHING_RECORDED = 1e9  # activation of a side weight before its first edit: no score reaches it
 _NEW_SHARE = 0.4  # of the new shards together, where `retrieve` is off and an older merge is there
+
+
+@dataclass(slots=True)
+class OpenShard:
+    """Edits that share a side weight, or those of them that are written now.
+
+    Attributes:
+        start: number of its first training.
+        cases: in order.
+        mask: of the gradient, `(d, m)`.
+        weight: the side weight so far; None: nothing was trained.
+        lowest: smallest activation so far.
+    """
+
+    start: int
+    cases: Sequence[EditCase]
+    mask: Tensor
+    weight: Tensor | None
+    lowest: float
+
+    def take(self, trained: SideTrained) -> None:
+        """Go on from an edit, unless it had no finite pass."""
+        if math.isfinite(trained.activation):
+            self.weight, self.lowest = trained.weight, min(self.lowest, trained.activation)
 
 
 class WiseEditor(Editor):
@@ -71,6 +97,8 @@ class WiseEditor(Editor):
             dataset, in turn; `release`: the case's own locality prompt, on which the editor is later tested.
         irrelevant_prompts: text file with a prompt a line for `disjoint`; None: a built-in list.
         add_bias: a side weight's output gets the module's bias; False drops it, as published.
+        shards_at_once: most shards of one call of `edit` that are trained side by side; above 1, the runner hands over
+            the cases of so many shards at once.
         engine: `cached` computes what lies below the module once per edit; `sequential` runs the whole model at every
             step. Same numbers up to rounding.
 
@@ -103,12 +131,13 @@ class WiseEditor(Editor):
         loc_source: LocSource,
         irrelevant_prompts: str | None,
         add_bias: bool,
+        shards_at_once: int,
         engine: Engine,
     ) -> None:
         _check_choice("engine", engine, ("cached", "sequential"))
         _check_choice("loc_source", loc_source, ("disjoint", "release"))
         _check_ranges(templates, act_margin, act_ratio, mask_ratio, density)
-        _check_frequencies(save_freq, merge_freq)
+        _check_frequencies(save_freq, merge_freq, shards_at_once)
         linear = check_module(model, module, where="method.module")
         if not isinstance(linear, torch.nn.Linear):
             raise UserError(f"method.module={module} is a {type(linear).__name__}; a linear module is needed")
@@ -123,6 +152,8 @@ class WiseEditor(Editor):
         self.loc_source: LocSource = loc_source
         self.add_bias = add_bias
         self.engine: Engine = engine
+        self.shards_at_once = shards_at_once
+        self.slice_size = 1 if shards_at_once == 1 else shards_at_once * save_freq
         self.schedule = SideSchedule(
             learning_rate, weight_decay, n_steps, Stopping(**early_stopping), Margins(*act_margin), norm_constraint
         )
@@ -171,62 +202,81 @@ class WiseEditor(Editor):
 
     # --- Writing ---------------------------------------------------------------------------------------
 
-    def edit(self, cases: Sequence[EditCase]) -> list[EditRecord]:
-        """Write the cases one by one; each continues on the side weight of its shard."""
-        return [self._write(case) for case in cases]
+    def expect(self, cases: Sequence[EditCase]) -> None:
+        """Refuse cases that are tested on a prompt of the irrelevant list."""
+        if self.loc_source == "disjoint":
+            check_disjoint(self._irrelevant, cases)
 
-    def _write(self, case: EditCase) -> EditRecord:
-        started = time.perf_counter()
-        trained = self._write_rows(self._rows(case)) if self._askable(case) else None
-        if trained is not None and math.isfinite(trained.activation):
-            self._lowest = min(self._lowest, trained.activation)
-            self.live = Memory(trained.weight, self._lowest)
-        self.n_edits += 1
-        self._close_shard()
+    def edit(self, cases: Sequence[EditCase]) -> list[EditRecord]:
+        """Write the cases; each continues on the side weight of its shard, shards side by side."""
+        self.expect(cases)
+        records: list[EditRecord] = []
+        while len(records) < len(cases):
+            records += self._write_shards(self._next_shards(cases[len(records) :]))
+        return records
+
+    def _next_shards(self, cases: Sequence[EditCase]) -> list[OpenShard]:
+        """The open shard and those behind it, as far as the cases go and as many as are trained side by side."""
+        shards: list[OpenShard] = []
+        done = 0
+        while done < len(cases) and len(shards) < self.shards_at_once:
+            at = self.n_edits + done
+            room = self.save_freq - at % self.save_freq
+            mask = self._masks.of(at // self.save_freq)
+            shards.append(OpenShard(at, cases[done : done + room], mask, None, NOTHING_RECORDED))
+            done += room
+        shards[0].weight, shards[0].lowest = self.live.weight if self.live else None, self._lowest
+        return shards
+
+    def _write_shards(self, shards: Sequence[OpenShard]) -> list[EditRecord]:
+        """Train the shards in lockstep, edit by edit, and take them in one after the other."""
+        records: list[list[EditRecord]] = [[] for _ in shards]
+        for place, cases in enumerate(zip_longest(*(shard.cases for shard in shards))):
+            started = time.perf_counter()
+            chosen = [i for i, case in enumerate(cases) if case is not None and self._askable(case)]
+            edits = [self._side_edit(cases[i], shards[i], place) for i in chosen]
+            trained = dict(zip(chosen, self._train(edits), strict=True))
+            for i, one in trained.items():
+                shards[i].take(one)
+            present = [i for i, case in enumerate(cases) if case is not None]
+            seconds = (time.perf_counter() - started) / len(present)
+            for i in present:
+                records[i].append(record_of(cases[i], trained.get(i), seconds))
+        for shard in shards:
+            self._lowest = min(self._lowest, shard.lowest)
+            self.live = None if shard.weight is None else Memory(shard.weight, self._lowest)
+            self.n_edits += len(shard.cases)
+            self._close_shard()
         self._one = None
-        return record_of(case, trained, time.perf_counter() - started)
+        return [record for some in records for record in some]
 
     def _askable(self, case: EditCase) -> bool:
         return bool(case.prompt.strip() and encode_edit(self.tokenizer, case.prompt, case.target).target)
 
-    def _write_rows(self, rows: TrainingRows) -> SideTrained:
-        """Train the live side weight on an edit."""
-        start = self.live.weight if self.live else None
-        return self._train(rows, self._masks.of(self.n_edits // self.save_freq), start)
+    def _side_edit(self, case: EditCase, shard: OpenShard, place: int) -> SideEdit:
+        number = shard.start + place
+        return SideEdit(self._rows(case, number), shard.mask, self._start(shard.weight), number)
 
-    def _train(
-        self,
-        rows: TrainingRows,
-        mask: Tensor,
-        start: Tensor | None,
-        wrap: Wrap | None = None,
-        extra: Extra | None = None,
-    ) -> SideTrained:
-        """A side weight after one more edit.
+    def _start(self, weight: Tensor | None) -> Tensor:
+        """A side weight to go on from; None: the module's own."""
+        return self._linear.weight.detach() if weight is None else weight
 
-        Args:
-            rows: the edit.
-            mask: of the gradient, `(d, m)`.
-            start: side weight before it; None: the module's own weight.
-            wrap: sees and may replace the forward pass.
-            extra: a further term of the loss.
-        """
-        base, forward = self._linear.weight.detach(), self._forward(rows)
-        return train_side(
-            base if start is None else start,
-            base=base,
-            mask=mask,
-            rows=rows,
-            forward=wrap(forward) if wrap else forward,
-            schedule=self.schedule,
-            extra=extra,
-        )
+    def _train(self, edits: Sequence[SideEdit]) -> list[SideTrained]:
+        """Train edits of different shards: in one pass, or one by one where only the whole model will do."""
+        upper = self._upper_layers() if self.engine == "cached" and edits else None
+        settings: dict[str, Any] = {"base": self._linear.weight.detach(), "schedule": self.schedule}
+        if upper is not None:
+            forward = upper.side_pass([edit.rows for edit in edits], self._bias(), self._activation)
+            return train_sides(edits, forward=forward, extra=self._extra(edits), **settings)
+        trained = []
+        for edit in edits:
+            forward = plain_pass(self.model, self.hook, edit.rows, self._bias(), self._activation)
+            trained += train_sides([edit], forward=forward, extra=self._extra([edit]), **settings)
+        return trained
 
-    def _forward(self, rows: TrainingRows) -> Forward:
-        upper = self._upper_layers() if self.engine == "cached" else None
-        if upper is None:
-            return plain_pass(self.model, self.hook, rows, self._bias(), self._activation)
-        return upper.side_pass(rows, self._bias(), self._activation)
+    def _extra(self, edits: Sequence[SideEdit]) -> Extra | None:
+        """A further term of the edits' losses; WISE has none."""
+        return None
 
     def _upper_layers(self) -> SideLayers | None:
         """The fast path's layers, or None where the model does not fit it; then `warnings` says so."""
@@ -237,13 +287,14 @@ class WiseEditor(Editor):
                 self._no_upper = f"every training step ran the whole model: {reason}"
         return self._upper
 
-    def _rows(self, case: EditCase) -> TrainingRows:
+    def _rows(self, case: EditCase, turn: int) -> TrainingRows:
+        """What a case is trained on; `turn` is the number of its training."""
         return training_rows(
             self.tokenizer,
             self._contexts(),
             prompt=case.prompt,
             target=case.target,
-            irrelevant=self._irrelevant_prompt(case),
+            irrelevant=self._irrelevant_prompt(case, turn),
             device=self.model.device,
         )
 
@@ -253,21 +304,13 @@ class WiseEditor(Editor):
                 self._templates = generated_templates(self.model, self.tokenizer)
         return self._templates
 
-    def _irrelevant_prompt(self, case: EditCase) -> str:
-        """The prompt that this edit must not affect; under `disjoint` never one that the case is tested on."""
+    def _irrelevant_prompt(self, case: EditCase, turn: int) -> str:
+        """The prompt that this edit must not affect."""
         if self.loc_source == "release":
             if case.locality:
                 return case.locality[0].prompt
             self._borrowed += 1
-        tested = {probe.prompt for probe in case.locality}
-        own = [prompt for prompt in self._irrelevant if prompt not in tested]
-        if not own:
-            raise UserError("method.irrelevant_prompts holds nothing but locality prompts of the cases; add others")
-        return own[self._turn() % len(own)]
-
-    def _turn(self) -> int:
-        """Number of the training at hand, for lists that are gone through in turn."""
-        return self.n_edits
+        return self._irrelevant[turn % len(self._irrelevant)]
 
     # --- Shards and merging ----------------------------------------------------------------------------
 
@@ -410,7 +453,9 @@ def _check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
         raise UserError(f"method.{name} must be '{allowed[0]}' or '{allowed[1]}', got '{value}'")
 
 
-def _check_frequencies(save_freq: int, merge_freq: int) -> None:
+def _check_frequencies(save_freq: int, merge_freq: int, shards_at_once: int) -> None:
+    if shards_at_once < 1:
+        raise UserError(f"method.shards_at_once must be at least 1, got {shards_at_once}")
     if save_freq < 1 or merge_freq < 1 or merge_freq % save_freq:
         raise UserError(
             f"method.merge_freq must be a multiple of method.save_freq, got {merge_freq} and {save_freq}; "

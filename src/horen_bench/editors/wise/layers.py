@@ -1,9 +1,11 @@
-"""The pass with a side weight, in two ways: on the whole model, and on the layers above the module alone.
+"""The pass with side weights, in two ways: on the whole model, and on the layers above the module alone.
 
 Below the module nothing depends on the side weight, so its input, its own output, and the residual that its layer adds
 it to are computed once per edit, and so is what the decoder hands to each layer (mask, rotary embedding). Above,
-only the positions that predict a label matter behind the last attention.
-Shapes: `R` rows of `T` tokens; `B = R - 1` edit rows, without the columns where all of them are padding.
+only the positions that predict a label matter behind the last attention. Edits of different shards go through side by
+side, each through a side weight of its own: one batched product, and one pass of all rows through what is above.
+Shapes: `S` edits of `R` rows; `T` tokens of the longest; `B = S * (R - 1)` edit rows, without the columns where all of
+them are padding.
 """
 
 from collections.abc import Iterator, Sequence
@@ -25,19 +27,20 @@ from horen_bench.models.upper import NotSupportedError, UpperLayers
 def plain_pass(
     model: PreTrainedModel, hook: PromptHook, rows: TrainingRows, bias: Tensor | None, activation: Activation
 ) -> Forward:
-    """The whole model on all rows at every step: the path that the fast one is compared with."""
+    """The whole model on all rows of one edit at every step: the path that the fast one is compared with."""
 
-    def forward(weight: Tensor) -> Pass:
+    def forward(weights: Tensor) -> Pass:
         moved: list[Tensor] = []
 
         def respond(inputs: Tensor, outputs: Tensor, _mask: Tensor) -> Tensor:
-            side = F.linear(inputs, weight, bias)
+            side = F.linear(inputs, weights[0], bias)
             moved.append(distances(side, activation(outputs), activation))
             return side
 
         with hook.responding(respond):
-            logits = model(rows.input_ids, rows.attention_mask, use_cache=False).logits
-        return Pass(logits[:-1][rows.predicting], moved[0], logits)
+            done = model(rows.input_ids, rows.attention_mask, use_cache=False, output_hidden_states=True)
+        hidden = done.hidden_states[-1][:-1][rows.predicting]
+        return Pass(done.logits[:-1][rows.predicting], hidden, moved[0].mean(dim=1)[None], done.logits)
 
     return forward
 
@@ -78,19 +81,31 @@ class SideLayers(UpperLayers):
         self._check_layers()
         self._tokenwise = self._tokenwise_modules()
 
-    def side_pass(self, rows: TrainingRows, bias: Tensor | None, activation: Activation) -> Forward:
-        """The pass on `rows`; what does not depend on the side weight is computed here, once."""
-        inputs, main, entering = self._below(rows)
+    def side_pass(self, edits: Sequence[TrainingRows], bias: Tensor | None, activation: Activation) -> Forward:
+        """The pass on some edits' rows; what does not depend on the side weights is computed here, once."""
+        width, n_edits, n_rows = max(rows.input_ids.shape[1] for rows in edits), len(edits), edits[0].input_ids.shape[0]
+        below = [self._below(rows) for rows in edits]
+        inputs, main, entering = (torch.stack([_widened(one[i], width) for one in below]) for i in range(3))
         activated = activation(main)
-        padding = rows.attention_mask.shape[1] - int(rows.attention_mask[:-1].sum(dim=1).max())
-        mask, wanted = rows.attention_mask[:-1, padding:], rows.predicting[:, padding:]
-        positions = torch.arange(padding, rows.attention_mask.shape[1], device=mask.device)[None]
-        above = self._prepared(entering[:-1, padding:], mask, positions, wanted)
+        missing = [width - rows.input_ids.shape[1] for rows in edits]  # padding columns that an edit alone has not
+        mask = torch.cat(
+            [F.pad(rows.attention_mask[:-1], (lack, 0)) for rows, lack in zip(edits, missing, strict=True)]
+        )
+        wanted = torch.cat([F.pad(rows.predicting, (lack, 0)) for rows, lack in zip(edits, missing, strict=True)])
+        columns = torch.arange(width, device=mask.device) - torch.tensor(missing, device=mask.device)[:, None]
+        positions = columns.clamp(min=0).repeat_interleave(n_rows - 1, dim=0)
+        padding = int((mask.bool() | wanted).any(dim=0).int().argmax())  # columns that no edit row needs
+        above = self._prepared(
+            entering[:, :-1, padding:].flatten(0, 1), mask[:, padding:], positions[:, padding:], wanted[:, padding:]
+        )
 
-        def forward(weight: Tensor) -> Pass:
-            side = F.linear(inputs, weight, bias)
-            hidden = self._through(above, side[:-1, padding:])
-            return Pass(self._head(hidden), distances(side, activated, activation))
+        def forward(weights: Tensor) -> Pass:
+            side = inputs.view(n_edits, n_rows * width, -1) @ weights.transpose(1, 2)
+            side = (side if bias is None else side + bias).view(main.shape)
+            hidden = self._through(above, side[:, :-1, padding:].flatten(0, 1))
+            moved = distances(side, activated, activation)
+            means = [one[:, lack:].mean(dim=1) for one, lack in zip(moved, missing, strict=True)]
+            return Pass(self._head(hidden), hidden, torch.stack(means))
 
         return forward
 
@@ -215,3 +230,8 @@ def _near(one: Tensor, other: Tensor) -> bool:
     """Equal up to the rounding of their dtype."""
     scale = other.float().abs().max().clamp(min=1e-6)
     return bool((one.float() - other.float()).abs().max() <= 50 * torch.finfo(one.dtype).eps * scale)
+
+
+def _widened(states: Tensor, width: int) -> Tensor:
+    """States `(R, T, ...)` with zeros to their left, up to `width` tokens."""
+    return F.pad(states, (0, 0, width - states.shape[1], 0))

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from horen_bench.prompts import encode_edit, encode_prompts, pad, pad_id_of
+from horen_bench.prompts import encode_edit, encode_prompts, encode_texts, pad, pad_id_of
 
 _NO_LABEL = -100
 _OPENERS = ("I", "You", "Because", "Yes", "Q: ")
@@ -99,7 +99,7 @@ def generated_templates(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
         model: unedited, or with its editor silent.
         tokenizer: its tokenizer.
     """
-    batch = pad(encode_prompts(tokenizer, _OPENERS), pad_id_of(tokenizer), device=model.device)
+    batch = pad(encode_texts(tokenizer, _OPENERS), pad_id_of(tokenizer), device=model.device)
     generate: Callable[..., Tensor] = getattr(model, "generate")  # noqa: B009 - its type is not declared
     templates = ["{}"]
     for n_tokens in _NEW_TOKENS:

@@ -1,11 +1,15 @@
-"""Training the side weight on one edit (paper section 2.3; objective and loop as in the release).
+"""Training side weights (paper section 2.3; objective and loop as in the release), several edits side by side.
 
-Shapes: `R` rows of `T` tokens, the last row irrelevant; `m` input and `d` output size of the module.
+Edits of different shards have nothing to do with one another: each is trained on a side weight of its own, and what
+they share is one forward and one backward pass.
+Shapes: `S` edits side by side, each `R` rows of its own `T` tokens, the last row irrelevant; `n` labels of all edits,
+one edit after the other; `m` input and `d` output size of the module.
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -20,21 +24,32 @@ Bounds = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Pass:
-    """One forward pass with the side weight.
+    """One forward pass with the side weights.
 
     Attributes:
         logits: `(n, vocabulary)`, at the positions that predict a label, row after row.
-        moved: `(R, T)`, how far the side weight moves the module's output, by `distances`.
-        everything: logits of all rows and positions, `(R, T, vocabulary)`, where the pass has them.
+        hidden: `(n, hidden size)`, the final hidden states that they are made of.
+        moved: `(S, R)`, how far each row's output of the module moves, by `distances`, in the mean over its columns.
+        everything: logits of all rows and positions, `(R, T, vocabulary)`, where one edit ran through the whole model.
     """
 
     logits: Tensor
+    hidden: Tensor
     moved: Tensor
     everything: Tensor | None = None
 
+    def of(self, edit: int, labels: slice) -> "Pass":
+        """The part of one edit, whose labels are at `labels`."""
+        return Pass(self.logits[labels], self.hidden[labels], self.moved[edit : edit + 1], self.everything)
 
-Forward = Callable[[Tensor], Pass]  # of a side weight (d, m)
-Extra = Callable[[Pass], Tensor]  # a further term of the loss
+    def detached(self) -> "Pass":
+        """The same without gradients."""
+        whole = None if self.everything is None else self.everything.detach()
+        return Pass(self.logits.detach(), self.hidden.detach(), self.moved.detach(), whole)
+
+
+Forward = Callable[[Tensor], Pass]  # of side weights (S, d, m)
+Extra = Callable[[Pass], Tensor]  # a further term of each edit's loss, (S,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +101,25 @@ class SideSchedule:
 
 
 @dataclass(frozen=True, slots=True)
+class SideEdit:
+    """One edit to train.
+
+    Attributes:
+        rows: what it is trained on.
+        mask: 1 where the gradient passes, 0 elsewhere; `(d, m)`, the weight's dtype.
+        start: the side weight before it, `(d, m)`; not changed.
+        number: of the training, from 0.
+        teacher: what an earlier edit left for it to follow.
+    """
+
+    rows: TrainingRows
+    mask: Tensor
+    start: Tensor
+    number: int
+    teacher: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class SideTrained:
     """A side weight after one edit.
 
@@ -96,6 +130,7 @@ class SideTrained:
         loss: mean token cross-entropy (nats) of the last finite pass; NaN if there was none.
         steps: SGD steps taken.
         finite: False if a loss or the weight was not finite; `weight` is then the last one that was sound.
+        last: the last finite pass of this edit, without gradient; None if there was none.
     """
 
     weight: Tensor
@@ -104,17 +139,46 @@ class SideTrained:
     loss: float
     steps: int
     finite: bool
+    last: Pass | None
 
 
-def edit_loss(logits: Tensor, rows: TrainingRows) -> Tensor:
-    """Cross-entropy of each row's labels over one more than their number, then the mean over rows.
+@dataclass(frozen=True, slots=True)
+class Labels:
+    """The labels of `S` edits, joined.
 
-    The published window of a row opens one position before its first label, where the loss is 0.
+    Attributes:
+        ids: int64 `(n,)`.
+        owners: int64 `(n,)`, which of the `S * (R - 1)` edit rows each belongs to.
+        windows: int64 `(S, R - 1)`, positions that a row's loss is averaged over: one more than it has labels, as the
+            published window opens one position before the first of them, where the loss is 0.
+        spans: where the labels of each edit are among the `n`.
     """
-    device, n_columns = logits.device, rows.labels.shape[1]
-    per_token = F.cross_entropy(logits, rows.wanted_ids.to(device), reduction="none")
-    sums = per_token.new_zeros(len(rows.n_labels)).index_add(0, rows.owners.to(device), per_token)
-    return (sums / (rows.n_labels.to(device) + 1).clamp(max=n_columns - 1)).mean()
+
+    ids: Tensor
+    owners: Tensor
+    windows: Tensor
+    spans: list[slice]
+
+    @classmethod
+    def of(cls, rows: Sequence[TrainingRows]) -> "Labels":
+        """Those of some edits, which have equally many rows."""
+        n_rows = rows[0].labels.shape[0]
+        windows = [(one.n_labels + 1).clamp(max=one.labels.shape[1] - 1) for one in rows]
+        ends = torch.tensor([0, *(one.wanted_ids.numel() for one in rows)]).cumsum(0).tolist()
+        return cls(
+            torch.cat([one.wanted_ids for one in rows]),
+            torch.cat([one.owners + i * n_rows for i, one in enumerate(rows)]),
+            torch.stack(windows),
+            [slice(*pair) for pair in pairwise(ends)],
+        )
+
+
+def edit_loss(logits: Tensor, labels: Labels) -> Tensor:
+    """Cross-entropy of each row's labels over its window, then the mean over an edit's rows: `(S,)`."""
+    device = logits.device
+    per_token = F.cross_entropy(logits, labels.ids.to(device), reduction="none")
+    sums = per_token.new_zeros(labels.windows.numel()).index_add(0, labels.owners.to(device), per_token)
+    return (sums.view(labels.windows.shape) / labels.windows.to(device)).mean(dim=1)
 
 
 def distances(side: Tensor, activated: Tensor, activation: Activation) -> Tensor:
@@ -130,77 +194,114 @@ def distances(side: Tensor, activated: Tensor, activation: Activation) -> Tensor
 
 
 def margin_loss(edits: Tensor, irrelevant: Tensor, margins: Margins) -> Tensor:
-    """Activation loss (paper Eq. 6), each hinge averaged over the rows that violate it.
+    """Activation loss (paper Eq. 6), each hinge averaged over the rows that violate it: `(...)`.
 
     Args:
-        edits: mean distance of each edit row, `(R - 1,)`.
-        irrelevant: mean distance of the irrelevant row, a scalar.
+        edits: mean distance of each edit row, `(..., R - 1)`.
+        irrelevant: mean distance of the irrelevant row, `(...)`.
         margins: what must lie between them.
     """
+    held = irrelevant[..., None]
     return (
-        _mean_positive(irrelevant - edits + margins.gamma)
-        + _mean_positive((irrelevant - margins.alpha)[None])
+        _mean_positive(held - edits + margins.gamma)
+        + _mean_positive(held - margins.alpha)
         + _mean_positive(margins.beta - edits)
     )
 
 
 def _mean_positive(values: Tensor) -> Tensor:
     violated = values > 0
-    return torch.where(violated, values, torch.zeros_like(values)).sum() / violated.sum().clamp(min=1)
+    return (values * violated).sum(dim=-1) / violated.sum(dim=-1).clamp(min=1)
 
 
-def train_side(
-    start: Tensor,
+def train_sides(
+    edits: Sequence[SideEdit],
     *,
     base: Tensor,
-    mask: Tensor,
-    rows: TrainingRows,
     forward: Forward,
     schedule: SideSchedule,
     extra: Extra | None = None,
-) -> SideTrained:
-    """Train the side weight on one edit.
+) -> list[SideTrained]:
+    """Train each edit's side weight; one that is done waits for the others.
 
     Args:
-        start: side weight before it, `(d, m)`; not changed.
-        base: the module's own weight.
-        mask: 1 where the gradient passes, 0 elsewhere; `(d, m)`, the weight's dtype.
-        rows: the edit.
-        forward: the pass with a side weight.
+        edits: of different shards.
+        base: the module's own weight, `(d, m)`.
+        forward: the pass with their side weights.
         schedule: step size, margins, when to stop.
         extra: a further term of the loss.
     """
-    weight, sound = start.clone().requires_grad_(), start.clone()
-    bounds = _bounds(base, schedule.norm_constraint)
-    losses: list[tuple[float, float]] = []
-    before_last, last, edit, distance, steps = 0.0, 1e9, math.nan, math.inf, 0
-    for step in range(schedule.n_steps):
-        done = forward(weight)
-        moved = done.moved.mean(dim=1)
-        of_edit = edit_loss(done.logits, rows)
-        of_margins = margin_loss(moved[:-1], moved[-1], schedule.margins)
+    labels, bounds = Labels.of([edit.rows for edit in edits]), _bounds(base, schedule.norm_constraint)
+    weights = torch.stack([edit.start for edit in edits]).requires_grad_()
+    sound = weights.detach().clone()
+    progress = [_Progress() for _ in edits]
+    for _ in range(schedule.n_steps):
+        done = forward(weights)
+        of_edit = edit_loss(done.logits, labels)
+        of_margins = margin_loss(done.moved[:, :-1], done.moved[:, -1], schedule.margins).to(of_edit.device)
         loss = of_edit + schedule.act_weight * of_margins
         if extra is not None:
             loss = loss + extra(done)
-        losses.append((of_edit.item(), of_margins.item()))
-        total = loss.item()
-        if not math.isfinite(total):
-            return SideTrained(sound, distance, losses, edit, max(0, steps - 1), finite=False)
-        edit, distance = _per_token(losses[-1][0], rows), moved[:-1].mean().item()
-        if abs(last - before_last) <= schedule.stopping.change and last <= schedule.stopping.loss:
+        told = [of_edit, of_margins, loss, done.moved[:, :-1].mean(dim=1)]
+        values = torch.stack([one.detach().float().to(loss.device) for one in told], dim=1).tolist()
+        for i, one in enumerate(progress):
+            one.hear(values[i], done, schedule.stopping)
+        running = [i for i, one in enumerate(progress) if one.running]
+        if not running:
             break
-        (gradient,) = torch.autograd.grad(loss, [weight])
-        sound.copy_(weight.detach())
-        _descend(weight, gradient, mask, bounds, schedule)
-        before_last, last, steps = last, total, step + 1
-    if not bool(weight.isfinite().all()):
-        return SideTrained(sound, distance, losses, edit, steps - 1, finite=False)
-    return SideTrained(weight.detach(), distance, losses, edit, steps, finite=True)
+        (gradient,) = torch.autograd.grad(loss.sum(), [weights])
+        for i in running:
+            sound[i].copy_(weights[i].detach())
+            _descend(weights.detach()[i], gradient[i], edits[i].mask, bounds, schedule)
+    after = weights.detach()
+    return [one.result(i, after[i], sound[i], edits[i], labels.spans[i]) for i, one in enumerate(progress)]
+
+
+@dataclass(slots=True)
+class _Progress:
+    """Where the training of one edit stands."""
+
+    losses: list[tuple[float, float]] = field(default_factory=list)
+    activation: float = math.inf
+    edit: float = math.nan
+    before_last: float = 0.0
+    last: float = 1e9
+    steps: int = 0
+    running: bool = True
+    finite: bool = True
+    done: Pass | None = None
+
+    def hear(self, values: Sequence[float], done: Pass, stopping: Stopping) -> None:
+        """Take in a pass; the edit runs on unless its loss has settled or is not finite."""
+        if not self.running:
+            return
+        of_edit, of_margins, total, activation = values
+        self.losses.append((of_edit, of_margins))
+        self.finite = math.isfinite(total)
+        if self.finite:
+            self.edit, self.activation, self.done = of_edit, activation, done
+        settled = abs(self.last - self.before_last) <= stopping.change and self.last <= stopping.loss
+        self.running = self.finite and not settled
+        if self.running:
+            self.before_last, self.last, self.steps = self.last, total, self.steps + 1
+
+    def result(self, i: int, weight: Tensor, sound: Tensor, edit: SideEdit, labels: slice) -> SideTrained:
+        """What came out for edit `i`; `sound` is its weight before the last step."""
+        finite = self.finite and bool(weight.isfinite().all())
+        return SideTrained(
+            weight=(weight if finite else sound).clone(),
+            activation=self.activation,
+            losses=self.losses,
+            loss=_per_token(self.edit, edit.rows),
+            steps=self.steps if finite else max(0, self.steps - 1),
+            finite=finite,
+            last=self.done.of(i, labels).detached() if self.done else None,
+        )
 
 
 @torch.no_grad()
 def _descend(weight: Tensor, gradient: Tensor, mask: Tensor, bounds: Bounds | None, schedule: SideSchedule) -> None:
-    """One SGD step on the masked gradient, in the model's dtype, then the norm constraint."""
+    """One SGD step on the masked gradient, in the model's dtype, then the norm constraint; changes `weight`."""
     gradient.mul_(mask).add_(weight, alpha=schedule.weight_decay)
     weight.add_(gradient, alpha=-schedule.learning_rate)
     if bounds is not None:
