@@ -176,7 +176,18 @@ def rewriting(method: str, **changes: Any) -> Factory:
     return build
 
 
+def unke(**changes: Any) -> Factory:
+    texts = str(Path(__file__).parents[2] / "baselines" / "rome" / "stats_texts.json")
+    preservation = {"corpus": texts, "template": "{} ", "n_texts": 6, "max_tokens": None}
+    value = {"n_steps": 25, "learning_rate": 0.2, "weight_decay": 1e-3, "clamp": 4.0}
+    block = {"n_steps": 12, "learning_rate": 2e-3, "weight_decay": 0.01}
+    settings = {"module": "model.layers.1", "value": value, "block": block, "preservation": preservation, **changes}
+    return configured("unke", **settings)
+
+
 EDITORS: dict[str, Factory] = {
+    "unke": unke(),
+    "unke-sequential": unke(engine="sequential"),
     "horen": horen("vector", "parallel"),
     "horen-lora": horen("lora", "parallel"),
     "horen-sequential": horen("vector", "sequential"),

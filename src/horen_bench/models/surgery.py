@@ -1,4 +1,4 @@
-"""Overwriting matrices of a model, undone bit for bit: what every method that rewrites weights stands on."""
+"""Overwriting parameters of a model, undone bit for bit: what every method that rewrites weights stands on."""
 
 from collections.abc import Mapping, Sequence
 
@@ -9,30 +9,27 @@ from horen_bench.errors import UserError
 from horen_bench.models.architecture import check_module
 
 
-class PristineWeights:
-    """The weight matrices that a method overwrites, and copies of them as they were received.
+class PristineParameters:
+    """Parameters that a method overwrites, and copies of them as they were received.
 
     Nothing is copied before `keep`, which a method calls before it first writes; until then a model on the `meta`
-    device will do. Copies are kept in main memory, in the model's dtype, so that a GPU holds every matrix once. They
+    device will do. Copies are kept in main memory, in the model's dtype, so that a GPU holds every parameter once. They
     are needed because subtracting a change does not give back the same bits.
 
     Args:
-        model: the owner of the modules.
-        paths: dotted paths of modules with a `weight`, e.g. `model.layers.5.mlp.down_proj`.
-        where: the configuration key that holds the paths, for messages.
-
-    Raises:
-        UserError: no path, a path twice, or a module that is not there or has no weight matrix.
+        parameters: by dotted name, which is their name in a state.
     """
 
-    def __init__(self, model: nn.Module, paths: Sequence[str], *, where: str) -> None:
-        if not paths or len(set(paths)) < len(paths):
-            raise UserError(f"{where} must name at least one module, each once; got {list(paths)}")
-        self.weights = {path: _weight(check_module(model, path, where=where), f"{where}={path}") for path in paths}
+    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        self.weights = dict(parameters)
         self._originals: dict[str, Tensor] = {}
 
+    def _name(self, path: str) -> str:
+        """A parameter's name in a state."""
+        return path
+
     def keep(self) -> None:
-        """Copy the weights; only the first call does."""
+        """Copy the parameters; only the first call does."""
         if not self._originals:
             self._originals = {path: weight.detach().to("cpu", copy=True) for path, weight in self.weights.items()}
 
@@ -51,28 +48,50 @@ class PristineWeights:
         return sum(original.numel() for original in self._originals.values())
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Copies of the weights as they are now, on the CPU, by `PATH.weight`."""
-        return {f"{path}.weight": weight.detach().to("cpu", copy=True) for path, weight in self.weights.items()}
+        """Copies of the parameters as they are now, on the CPU, by name."""
+        return {self._name(path): weight.detach().to("cpu", copy=True) for path, weight in self.weights.items()}
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Write weights that `state_dict` gave; the originals are kept first.
+        """Write parameters that `state_dict` gave; the originals are kept first.
 
         Raises:
-            ValueError: a weight is missing or of another shape or dtype; nothing was written.
+            ValueError: a parameter is missing or of another shape or dtype; nothing was written.
         """
         for path, weight in self.weights.items():
-            saved = state.get(f"{path}.weight")
+            name = self._name(path)
+            saved = state.get(name)
             if saved is None:
-                raise ValueError(f"the state lacks '{path}.weight'; it is not one of this editor's")
+                raise ValueError(f"the state lacks '{name}'; it is not one of this editor's")
             if saved.shape != weight.shape or saved.dtype != weight.dtype:
                 raise ValueError(
-                    f"'{path}.weight' is {saved.dtype} {tuple(saved.shape)} in the state, but {weight.dtype} "
+                    f"'{name}' is {saved.dtype} {tuple(saved.shape)} in the state, but {weight.dtype} "
                     f"{tuple(weight.shape)} in the model"
                 )
         self.keep()
         for path, weight in self.weights.items():
-            weight.copy_(state[f"{path}.weight"])
+            weight.copy_(state[self._name(path)])
+
+
+class PristineWeights(PristineParameters):
+    """The weight matrices of some modules; in a state they are `PATH.weight`.
+
+    Args:
+        model: the owner of the modules.
+        paths: dotted paths of modules with a `weight`, e.g. `model.layers.5.mlp.down_proj`.
+        where: the configuration key that holds the paths, for messages.
+
+    Raises:
+        UserError: no path, a path twice, or a module that is not there or has no weight matrix.
+    """
+
+    def __init__(self, model: nn.Module, paths: Sequence[str], *, where: str) -> None:
+        if not paths or len(set(paths)) < len(paths):
+            raise UserError(f"{where} must name at least one module, each once; got {list(paths)}")
+        super().__init__({path: _weight(check_module(model, path, where=where), f"{where}={path}") for path in paths})
+
+    def _name(self, path: str) -> str:
+        return f"{path}.weight"
 
 
 class MasterWeights:
