@@ -12,10 +12,10 @@ from horen_bench.cases import EditCase, Probe
 from horen_bench.errors import UserError
 from horen_bench.evaluation import (
     Answer,
-    Examiner,
     Mode,
     Protocol,
     Question,
+    TokenExaminer,
     greedy_decode,
     protocol_of,
     questions_about,
@@ -78,7 +78,7 @@ def asked(prompt: str, answer: str, family: str = "rel") -> Question:
 def one_answer(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, protocol: Protocol, question: Question
 ) -> tuple[Answer, float]:
-    examiner = Examiner(model, tokenizer, protocol)
+    examiner = TokenExaminer(model=model, tokenizer=tokenizer, protocol=protocol)
     answer = examiner.ask([question])[0]
     return answer, examiner.score(question, answer, answer)
 
@@ -145,7 +145,7 @@ def test_base_answers_of_the_releases_two_modes_are_kept_apart() -> None:
 def test_an_unknown_protocol_is_told_the_known_ones() -> None:
     with pytest.raises(UserError) as caught:
         protocol_of("generate", "generate")
-    assert str(caught.value) == "protocol=generate is unknown; write one of greedy, teacher_forced, release"
+    assert str(caught.value) == "protocol=generate compares no tokens; write one of greedy, teacher_forced, release"
 
 
 # --- Greedy decoding ---------------------------------------------------------------------------------------
@@ -190,13 +190,18 @@ def test_answers_come_in_the_order_of_the_questions_whatever_the_batches(
     ]
     questions += [asked("The bridge", "of the fair in Grenholm", "loc"), asked("The", "1927")]
     for protocol in (GREEDY, RELEASE, FORCED):
-        alone = [Examiner(golden_model, golden_tokenizer, protocol).ask([question])[0] for question in questions]
+        alone = [
+            TokenExaminer(model=golden_model, tokenizer=golden_tokenizer, protocol=protocol).ask([question])[0]
+            for question in questions
+        ]
         for batch_size in (1, 4, 64):
             counts: list[int] = []
-            examiner = Examiner(golden_model, golden_tokenizer, protocol, batch_size)
+            examiner = TokenExaminer(
+                model=golden_model, tokenizer=golden_tokenizer, protocol=protocol, batch_size=batch_size
+            )
             assert examiner.ask(questions, counts.append) == alone
             assert sum(counts) == len(questions)
-    assert Examiner(golden_model, golden_tokenizer, GREEDY).ask([]) == []
+    assert TokenExaminer(model=golden_model, tokenizer=golden_tokenizer, protocol=GREEDY).ask([]) == []
 
 
 # --- Scoring a generated answer ----------------------------------------------------------------------------
@@ -234,7 +239,9 @@ def test_decoded_text_is_stripped_and_tokenised_again_before_it_is_scored(
 
 def test_an_answer_is_shown_as_text(golden_tokenizer: PreTrainedTokenizerBase) -> None:
     question = asked("Which one?", "the fair")
-    examiner = Examiner(saying(golden_tokenizer, {question.prompt: [260, 338]}), golden_tokenizer, GREEDY)
+    examiner = TokenExaminer(
+        model=saying(golden_tokenizer, {question.prompt: [260, 338]}), tokenizer=golden_tokenizer, protocol=GREEDY
+    )
     assert examiner.text(examiner.ask([question])[0]) == "the fair"
 
 
@@ -250,8 +257,8 @@ def test_only_the_release_protocol_decodes_under_the_checkpoints_settings(
     settings.eos_token_id = [EOS, 260]
     settings.do_sample, settings.temperature, settings.top_p, settings.top_k = True, 0.6, 0.9, 20
     question = asked(prompt, "of the fair", "loc")  # 3 tokens behind a prompt, 4 alone
-    greedy = Examiner(model, golden_tokenizer, GREEDY).ask([question])[0]
-    release = Examiner(model, golden_tokenizer, RELEASE).ask([question])[0]
+    greedy = TokenExaminer(model=model, tokenizer=golden_tokenizer, protocol=GREEDY).ask([question])[0]
+    release = TokenExaminer(model=model, tokenizer=golden_tokenizer, protocol=RELEASE).ask([question])[0]
     assert greedy.ids == (404, 260)  # then EOS
     assert release.ids[-2:] == (338, 260)  # stopped by the second of its EOS ids
 
@@ -270,14 +277,14 @@ def test_release_locality_looks_at_the_end_of_prompt_and_output_so_that_prompt_t
 
     silent = one_answer(base, golden_tokenizer, RELEASE, question)[0]
     assert silent.ids == (*prompt[-2:], EOS)
-    examiner = Examiner(edited, golden_tokenizer, RELEASE)
+    examiner = TokenExaminer(model=edited, tokenizer=golden_tokenizer, protocol=RELEASE)
     spoken = examiner.ask([question])[0]
     assert spoken.ids == (prompt[-1], 338, EOS)
     assert examiner.score(question, spoken, silent) == pytest.approx(1 / 3)
 
     silent = one_answer(base, golden_tokenizer, GREEDY, question)[0]
     assert silent.ids == ()
-    examiner = Examiner(edited, golden_tokenizer, GREEDY)
+    examiner = TokenExaminer(model=edited, tokenizer=golden_tokenizer, protocol=GREEDY)
     spoken = examiner.ask([question])[0]
     assert spoken.ids == (338,)
     assert examiner.score(question, spoken, silent) == 0.0
@@ -315,7 +322,7 @@ def test_teacher_forcing_reads_the_argmax_in_front_of_each_token_of_the_answer(
     """Id 32 is "?", the last token of the prompt; a longer neighbour pads the row on the left."""
     model = bigram({token: {following: 1.0} for token, following in likely.items()})
     question = asked("Which one?", answer)
-    examiner = Examiner(model, golden_tokenizer, FORCED)
+    examiner = TokenExaminer(model=model, tokenizer=golden_tokenizer, protocol=FORCED)
     for company in ([], [asked("nq question: who built the old tower of Grenholm", "the guild of masons")]):
         found = examiner.ask([question, *company])[0]
         assert found == Answer(predicted, predicted)
@@ -334,7 +341,7 @@ def test_the_prompt_is_announced_without_padding_and_without_the_answer(
     model = bigram({})
     model.register_forward_pre_hook(look, with_kwargs=True)
     questions = [asked("Who?", "the fair"), asked("nq question: who built the old tower", "Norrish")]
-    Examiner(model, golden_tokenizer, FORCED).ask(questions)
+    TokenExaminer(model=model, tokenizer=golden_tokenizer, protocol=FORCED).ask(questions)
     ids, mask = seen[0]
     for row, question in enumerate(questions):
         assert ids[row][mask[row]].tolist() == golden_tokenizer(question.prompt)["input_ids"]
@@ -346,7 +353,9 @@ def test_asking_leaves_no_gradient_and_no_random_draw_behind(
     golden_model.requires_grad_(True)
     state = torch.get_rng_state()
     for protocol in (GREEDY, RELEASE, FORCED):
-        Examiner(golden_model, golden_tokenizer, protocol).ask([asked("Who founded Brightwater?", "Lucan Vey")])
+        TokenExaminer(model=golden_model, tokenizer=golden_tokenizer, protocol=protocol).ask(
+            [asked("Who founded Brightwater?", "Lucan Vey")]
+        )
     assert torch.equal(torch.get_rng_state(), state)
     assert all(weight.grad is None for weight in golden_model.parameters())
 

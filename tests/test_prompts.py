@@ -1,8 +1,11 @@
+from typing import Any, cast
+
 import pytest
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from horen_bench.errors import UserError
 from horen_bench.prompts import (
     Side,
     announced_prompt,
@@ -10,11 +13,13 @@ from horen_bench.prompts import (
     encode_edit,
     encode_plain,
     encode_prompts,
+    encode_texts,
     last_prompt_positions,
     move_padding_left,
     pad,
     pad_id_of,
     prompt_mask,
+    with_chat_template,
 )
 
 CPU = torch.device("cpu")
@@ -197,3 +202,56 @@ def test_an_inner_announcement_holds_until_its_block_ends_however_it_ends() -> N
 def test_the_last_prompt_position_is_found_on_either_side_of_padding() -> None:
     mask = torch.tensor([[0, 0, 1, 1], [1, 1, 0, 0], [0, 1, 0, 0], [1, 1, 1, 1]]).bool()
     assert last_prompt_positions(mask).tolist() == [3, 1, 1, 3]
+
+
+# --- Chat templates ------------------------------------------------------------------------------------
+
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+
+
+@pytest.fixture
+def chat(golden_tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    golden_tokenizer.chat_template = TEMPLATE
+    return with_chat_template(golden_tokenizer)
+
+
+def test_a_chat_prompt_is_one_turn_of_the_template_with_one_bos(chat: PreTrainedTokenizerBase) -> None:
+    (ids,) = encode_prompts(chat, [PROMPT])
+    assert chat.decode(ids) == f"{chat.bos_token}[user]{PROMPT}[assistant]"
+    assert ids.count(int(cast(Any, chat.bos_token_id))) == 1
+
+
+def test_a_chat_target_follows_without_a_space_and_ends_with_eos(chat: PreTrainedTokenizerBase) -> None:
+    edit = encode_edit(chat, PROMPT, TARGET)
+    assert list(edit.prompt) == encode_prompts(chat, [PROMPT])[0]
+    assert chat.decode(list(edit.target)) == f"{TARGET}{chat.eos_token}"
+    assert [*edit.target[:-1]] == encode_continuations(chat, [TARGET])[0] == encode_plain(chat, [TARGET])[0]
+    assert encode_edit(chat, PROMPT, " ").target == ()
+
+
+def test_a_question_about_a_chat_target_leaves_eos_out(chat: PreTrainedTokenizerBase) -> None:
+    assert encode_edit(chat, PROMPT, TARGET, closed=False).target == encode_edit(chat, PROMPT, TARGET).target[:-1]
+
+
+def test_texts_for_themselves_stay_outside_the_template(chat: PreTrainedTokenizerBase) -> None:
+    assert chat.decode(encode_texts(chat, [PROMPT])[0]) == f"{chat.bos_token}{PROMPT}"
+
+
+def test_only_the_view_chats_though_the_tokenizer_has_the_template(golden_tokenizer: PreTrainedTokenizerBase) -> None:
+    plain = encode_edit(golden_tokenizer, PROMPT, TARGET)
+    golden_tokenizer.chat_template = TEMPLATE
+    with_chat_template(golden_tokenizer)
+    assert encode_edit(golden_tokenizer, PROMPT, TARGET) == plain
+    assert encode_edit(golden_tokenizer, PROMPT, TARGET, closed=False) == plain
+
+
+def test_a_tokenizer_without_a_template_is_refused(golden_tokenizer: PreTrainedTokenizerBase) -> None:
+    with pytest.raises(UserError) as caught:
+        with_chat_template(golden_tokenizer)
+    assert str(caught.value) == (
+        "template=model: the tokenizer of this model brings no chat template; write template=none, or choose a model "
+        "that was trained to chat"
+    )

@@ -9,7 +9,7 @@ import pytest
 
 from horen_bench.cases import EditCase, Probe
 from horen_bench.editors.base import EditRecord, Route
-from horen_bench.evaluation import Answer, Examiner, Protocol, questions_about
+from horen_bench.evaluation import Answer, Protocol, TokenExaminer, questions_about
 from horen_bench.rows import asked_table, per_case, summary
 
 NAN = math.nan
@@ -60,7 +60,9 @@ RECORDS = [
 
 
 def table() -> pd.DataFrame:
-    examiner = Examiner(cast(Any, None), cast(Any, Letters()), Protocol("greedy", "generate"))
+    examiner = TokenExaminer(
+        model=cast(Any, None), tokenizer=cast(Any, Letters()), protocol=Protocol("greedy", "generate")
+    )
     questions = questions_about(CASES)
     answers = [said(SAID[q.prompt][0]) for q in questions]
     base = [said(SAID[q.prompt][1]) for q in questions]

@@ -1,10 +1,16 @@
 """The one place that turns text into token ids: spaces, special tokens, padding, where the prompt ends.
 
-Rules (those of the published code, made explicit):
+Rules (`template: none`, those of the published code made explicit):
 
 - a prompt is encoded with the tokenizer's default special tokens (BOS where it adds one), no chat template;
 - a target follows its prompt after one space, and no EOS is appended;
 - padding is known by position (the attention mask), never by id, because `pad` often equals `eos`.
+
+Under `template: model` the tokenizer is a view made by `with_chat_template`, and in editing and questioning alike
+
+- a prompt is one user turn in the model's own chat template, up to where the answer begins; its special tokens are
+  all that there are (no second BOS);
+- a target follows without a space, and EOS, which ends a chat model's turn, is appended where a target is learnt.
 
 Where the prompt ends
     Memory editors act at the last prompt token. A forward pass whose sequences hold more than the
@@ -12,6 +18,7 @@ Where the prompt ends
     without an announcement everything that the attention mask keeps is the prompt.
 """
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -22,10 +29,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from horen_bench.errors import UserError
+
 Side = Literal["left", "right"]
 
 # Scoped to the `with` block and to the thread that opens it: two models never see each other's prompts.
 _announced: ContextVar[Tensor | None] = ContextVar("announced_prompt", default=None)
+
+
+_CHATS = "prompts_stand_in_chat_template"  # an attribute of the view, so that no other tokenizer is concerned
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,39 +71,72 @@ class Batch:
         return (self.attention_mask.cumsum(dim=1) - 1).clamp(min=0)
 
 
+def with_chat_template(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """A view of a tokenizer for which everything here puts prompts into its chat template; it itself stays as it is.
+
+    Raises:
+        UserError: it has no chat template.
+    """
+    if not tokenizer.chat_template:
+        raise UserError(
+            "template=model: the tokenizer of this model brings no chat template; write template=none, or choose a "
+            "model that was trained to chat"
+        )
+    view = copy.copy(tokenizer)
+    setattr(view, _CHATS, True)
+    return view
+
+
 def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[list[int]]:
-    """Token ids of each prompt, default special tokens included."""
-    return _ids(tokenizer, list(prompts), special=True) if prompts else []
+    """Token ids of each prompt: default special tokens included, or the whole chat template around it."""
+    if _chats(tokenizer):
+        return _ids(tokenizer, [_as_turn(tokenizer, prompt) for prompt in prompts], special=False)
+    return encode_texts(tokenizer, prompts)
+
+
+def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of each text for itself, default special tokens included, never in a chat template."""
+    return _ids(tokenizer, texts, special=True)
 
 
 def encode_continuations(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of each text as it follows a prompt: one leading space, no special tokens.
+    """Token ids of each text as it follows a prompt, no special tokens.
 
     Its length is `|y|`, the number of tokens an answer is given to decode.
     """
-    return _ids(tokenizer, [f" {text}" for text in texts], special=False) if texts else []
+    return _ids(tokenizer, [_joint(tokenizer) + text for text in texts], special=False)
 
 
 def encode_plain(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
     """Token ids of each text alone, no leading space, no special tokens: for comparing decoded answers."""
-    return _ids(tokenizer, list(texts), special=False) if texts else []
+    return _ids(tokenizer, texts, special=False)
 
 
-def encode_edit(tokenizer: PreTrainedTokenizerBase, prompt: str, target: str) -> EncodedEdit:
+def encode_edit(tokenizer: PreTrainedTokenizerBase, prompt: str, target: str, *, closed: bool = True) -> EncodedEdit:
     """Encode `prompt + " " + target` so that its first ids are exactly those of the prompt alone.
 
     Where the tokenizer merges across the border (a prompt that ends in a space), prompt and target are
     encoded apart and joined, so that a key read from the prompt alone is the key that was written. A blank target
     has no ids.
+
+    Args:
+        tokenizer: of the model, or a view of it `with_chat_template`.
+        prompt: the question.
+        target: the answer.
+        closed: end the target of a chat with EOS, as it is learnt; questions about it leave that out.
     """
     prompt_ids = encode_prompts(tokenizer, [prompt])[0]
     if not target.strip():
         return EncodedEdit(tuple(prompt_ids), ())
-    joint = _ids(tokenizer, [f"{prompt} {target}"], special=True)[0]
+    chats = _chats(tokenizer)
+    text = (_as_turn(tokenizer, prompt) if chats else prompt) + _joint(tokenizer) + target
+    joint = _ids(tokenizer, [text], special=not chats)[0]
     if joint[: len(prompt_ids)] == prompt_ids:
         target_ids = joint[len(prompt_ids) :]
     else:
         target_ids = encode_continuations(tokenizer, [target])[0]
+    if chats and closed and tokenizer.eos_token_id is not None:
+        target_ids = [*target_ids, int(tokenizer.eos_token_id)]
     return EncodedEdit(tuple(prompt_ids), tuple(target_ids))
 
 
@@ -179,6 +224,23 @@ def _fit(mask: Tensor, shape: tuple[int, int]) -> Tensor:
     return torch.nn.functional.pad(mask, (0, width - mask.shape[1]))
 
 
-def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str], *, special: bool) -> list[list[int]]:
-    encoded = tokenizer(texts, add_special_tokens=special, return_attention_mask=False)
+def _chats(tokenizer: PreTrainedTokenizerBase) -> bool:
+    return getattr(tokenizer, _CHATS, False) is True
+
+
+def _joint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What stands between a prompt and its target."""
+    return "" if _chats(tokenizer) else " "
+
+
+def _as_turn(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
+    """The prompt as one user turn, up to where the answer begins."""
+    messages = [{"role": "user", "content": prompt}]
+    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, special: bool) -> list[list[int]]:
+    if not texts:
+        return []
+    encoded = tokenizer(list(texts), add_special_tokens=special, return_attention_mask=False)
     return [list(map(int, row)) for row in encoded["input_ids"]]

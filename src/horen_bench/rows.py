@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -20,19 +21,23 @@ def asked_table(
     base: Sequence[Answer],
     routes: Sequence[Route | None],
 ) -> pd.DataFrame:
-    """One row per question: its score, the base model's, the answer as text, the router's decision."""
+    """One row per question: its scores, the base model's, the answer as text, the router's decision.
+
+    A protocol's own score is `score` and `base_score`, a named one `score_<metric>` and `base_score_<metric>`.
+    """
+    scores, before = examiner.scores(questions, answers, base), examiner.scores(questions, base, base)
     return pd.DataFrame(
         {
             "case": question.case,
             "family": question.family,
-            "score": examiner.score(question, answer, before),
-            "base_score": examiner.score(question, before, before),
-            "answer": examiner.text(answer),
+            **{f"score{_suffix(metric)}": value for metric, value in scores[i].items()},
+            **{f"base_score{_suffix(metric)}": value for metric, value in before[i].items()},
+            "answer": examiner.text(answers[i]),
             "entry": route.entry if route else None,
             "route_score": route.score if route else None,
             "matched": route.matched if route else None,
         }
-        for question, answer, before, route in zip(questions, answers, base, routes, strict=True)
+        for i, (question, route) in enumerate(zip(questions, routes, strict=True))
     )
 
 
@@ -45,8 +50,9 @@ def per_case(
 ) -> pd.DataFrame:
     """One row per case: what was written and how, and for each family of questions score and answers.
 
-    A family's `<family>` and `<family>_base` are means over the case's questions, NaN where it has none;
-    `<family>_answers`, `_entries`, `_route_scores`, `_matched` are lists over them.
+    A family's `<family>` and `<family>_base` (`<family>_<metric>` and `<family>_<metric>_base` where scores have names)
+    are means over the case's questions, NaN where it has none; `<family>_answers`, `_entries`, `_route_scores`,
+    `_matched` are lists over them.
 
     Args:
         positions: the questioned cases, as positions in the stream.
@@ -70,24 +76,37 @@ def per_case(
     ).drop(columns=["edit_case_id", "edit_route"])
     table.index = pd.Index(positions)
     names = {"answer": "answers", "entry": "entries", "route_score": "route_scores", "matched": "matched"}
+    columns: dict[str, pd.Series[Any]] = {}
     for family, group in asked.groupby("family", sort=False):
         by_case = group.groupby("case")
-        table[str(family)] = by_case["score"].mean().reindex(table.index)
-        table[f"{family}_base"] = by_case["base_score"].mean().reindex(table.index)
-        for column, name in names.items():
-            table[f"{family}_{name}"] = by_case[column].agg(list).reindex(table.index)
-    return table.reset_index(drop=True)
+        for suffix in suffixes(asked):
+            columns[f"{family}{suffix}"] = by_case[f"score{suffix}"].mean()
+            columns[f"{family}{suffix}_base"] = by_case[f"base_score{suffix}"].mean()
+        columns |= {f"{family}_{name}": by_case[column].agg(list) for column, name in names.items()}
+    found = pd.DataFrame({name: column.reindex(table.index) for name, column in columns.items()}, index=table.index)
+    return pd.concat([table, found], axis=1).reset_index(drop=True)
 
 
-def summary(cases: pd.DataFrame, families: Sequence[str], seed: int) -> dict[str, float]:
-    """Means over cases with 95 % intervals and item counts, and OP from the unrounded means.
+def suffixes(asked: pd.DataFrame) -> list[str]:
+    """What follows a family's name in the names of its scores: nothing, or `_<metric>` each."""
+    return [str(name).removeprefix("score") for name in asked.columns if str(name).startswith("score")]
+
+
+def summary(
+    cases: pd.DataFrame, families: Sequence[str], seed: int, suffixes: Sequence[str] = ("",)
+) -> dict[str, float]:
+    """Means over cases with 95 % intervals and item counts, OP from the unrounded means, and means before the edits.
 
     Args:
         cases: what `per_case` gives.
-        families: the columns to average; Rel, Gen and Loc are always in the result, NaN where absent.
+        families: the columns to average; Rel, Gen and Loc are always in the result, NaN where absent, unless scores
+            have names.
         seed: of the resampling.
+        suffixes: ends of the names of each family's scores.
     """
-    scores = {name: _column(cases, name) for name in dict.fromkeys(["rel", "gen", "loc", *families])}
+    plain = list(suffixes) == [""]
+    chosen = ["rel", "gen", "loc", *families] if plain else [f"{f}{suffix}" for f in families for suffix in suffixes]
+    scores = {name: _column(cases, name) for name in dict.fromkeys(chosen)}
     means = {name: _mean(values) for name, values in scores.items()}
     rng = np.random.default_rng(seed)
     row: dict[str, float] = {}
@@ -99,9 +118,12 @@ def summary(cases: pd.DataFrame, families: Sequence[str], seed: int) -> dict[str
             three = (scores["rel"], scores["gen"], scores["loc"])
             row["op"] = overall_performance(means["rel"], means["gen"], means["loc"])
             row["op_low"], row["op_high"] = op_interval(*three, rng)
-    row["rel_base"] = _mean(_column(cases, "rel_base"))
-    row["gen_base"] = _mean(_column(cases, "gen_base"))
-    return row
+    before = ["rel", "gen"] if plain else list(scores)
+    return row | {f"{name}_base": _mean(_column(cases, f"{name}_base")) for name in before}
+
+
+def _suffix(metric: str) -> str:
+    return f"_{metric}" if metric else ""
 
 
 def _column(cases: pd.DataFrame, name: str) -> NDArray[np.float64]:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from horen_bench.configuration import build
 from horen_bench.editors.base import Editor
 from horen_bench.errors import UserError
-from horen_bench.evaluation import protocol_of
+from horen_bench.evaluation import PROTOCOL_NAMES
 from horen_bench.models.architecture import folder_skeleton, skeleton
 from horen_bench.models.loading import model_source
 
@@ -71,9 +71,12 @@ def check(config: Config) -> None:
     if not protocols_of(config):
         raise UserError("protocol is an empty list; write one protocol, or several such as [greedy,release]")
     for protocol in protocols_of(config):
-        protocol_of(protocol, "generate")
+        if protocol not in PROTOCOL_NAMES:
+            raise UserError(f"protocol={protocol} is unknown; write one of {', '.join(PROTOCOL_NAMES)}")
+    _check_text(config["text"])
     if config["locality"] not in ("all", "clean"):
         raise UserError(f"locality must be all or clean, got {config['locality']!r}")
+    _check_template(config)
     bare = _model_without_weights(config["model"])
     if bare is not None:
         build_editor(config, bare, tokenizer=None)
@@ -104,6 +107,23 @@ def build_editor(config: Config, model: PreTrainedModel, tokenizer: PreTrainedTo
     """
     editor: Editor = build(config["method"], "method", model=model, tokenizer=tokenizer, seed=config["seed"])
     return editor
+
+
+def _check_template(config: Config) -> None:
+    if config["template"] not in ("none", "model"):
+        raise UserError(f"template must be none or model, got {config['template']!r}")
+    if config["template"] == "model" and editor_class(config).needs_subject:
+        raise UserError(
+            f"method={config['method']['name']} looks for the subject in the bare prompt, so template=model does not "
+            "suit it; write template=none or choose another method"
+        )
+
+
+def _check_text(text: Mapping[str, Any]) -> None:
+    _check_count("text.max_new_tokens", text["max_new_tokens"])
+    for name in ("minilm", "bert_score"):
+        if text[name] is not None and not isinstance(text[name], str):
+            raise UserError(f"text.{name} must be a hub id, a folder or null, got {text[name]!r}")
 
 
 def _check_count(name: str, value: object) -> None:

@@ -162,8 +162,8 @@ def test_what_needs_no_model_does_not_wait_for_torch() -> None:
     [
         (
             ["inspect", "zrse"],
-            "dataset=zrse: there is no such dataset; write one of counterfact, facts, mquake, unke, wikibigedit, "
-            "wikiupdate, zsre, zsre_50k",
+            "dataset=zrse: there is no such dataset; write one of counterfact, facts, mquake, passages, unke, "
+            "wikibigedit, wikiupdate, zsre, zsre_50k",
         ),
         (
             ["inspect", "zsre", "dataset.colour=red"],
@@ -189,7 +189,8 @@ def test_what_needs_no_model_does_not_wait_for_torch() -> None:
         ),
         (
             ["fetch", "zrse"],
-            "zrse is not in the manifest; it has zsre, zsre_mend, wikibigedit, unke, counterfact, mquake, wikiupdate",
+            "zrse is not in the manifest; it has zsre, zsre_mend, wikibigedit, unke, counterfact, mquake, wikiupdate, "
+            "alpaca",
         ),
     ],
 )

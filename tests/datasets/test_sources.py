@@ -34,7 +34,7 @@ SHA256 = hashlib.sha256(CONTENT).hexdigest()
 
 def test_every_entry_says_where_its_file_is_and_where_it_goes() -> None:
     entries = [source for several in manifest().values() for source in several]
-    assert len({source.file for source in entries}) == len(entries) == 17
+    assert len({source.file for source in entries}) == len(entries) == 18
     for source in entries:
         assert (source.url is None) != (source.hub is None)
         assert (source.hub is None) == (source.hub_file is None)
@@ -90,7 +90,8 @@ def test_a_known_checksum_is_that_of_the_published_file(real_records: Path) -> N
 
 def test_a_dataset_that_is_not_in_the_manifest_is_refused(tmp_path: Path, refusal: Refusal) -> None:
     assert refusal(lambda: fetch("facts", tmp_path, Console(quiet=True))) == (
-        "facts is not in the manifest; it has zsre, zsre_mend, wikibigedit, unke, counterfact, mquake, wikiupdate"
+        "facts is not in the manifest; it has zsre, zsre_mend, wikibigedit, unke, counterfact, mquake, wikiupdate, "
+        "alpaca"
     )
 
 

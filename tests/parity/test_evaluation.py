@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from horen_bench.cases import EditCase, Probe
-from horen_bench.evaluation import Answer, Examiner, Question, protocol_of, questions_about
+from horen_bench.evaluation import Answer, TokenExaminer, Question, protocol_of, questions_about
 from horen_bench.resources import resource
 from horen_bench.settings import build_editor, resolved
 
@@ -82,7 +82,11 @@ def rome_model(golden_model: PreTrainedModel) -> PreTrainedModel:
 
 
 def compare(
-    found: Examiner, expected: list[dict[str, Any]], when: str, base: list[Answer] | None, skip: set[tuple[int, str]]
+    found: TokenExaminer,
+    expected: list[dict[str, Any]],
+    when: str,
+    base: list[Answer] | None,
+    skip: set[tuple[int, str]],
 ) -> int:
     """Compare every answer with the published one; how many were compared."""
     n_compared = 0
@@ -111,7 +115,9 @@ def test_unedited_model_gets_the_published_scores(
     batch_size: int,
 ) -> None:
     """Under either mode, alone and in one padded batch."""
-    examiner = Examiner(base_model, golden_tokenizer, protocol_of("release", mode), batch_size)
+    examiner = TokenExaminer(
+        model=base_model, tokenizer=golden_tokenizer, protocol=protocol_of("release", mode), batch_size=batch_size
+    )
     assert compare(examiner, published(record), "pre", None, set()) == 30
 
 
@@ -130,7 +136,7 @@ def test_horens_edits_get_the_published_scores(
         if matched[case, i] and gaps[case, i] < 1e-5
     }
     assert {case for case, _ in tied} <= {1, 4, 6, 9}
-    examiner = Examiner(horen_model, golden_tokenizer, protocol_of("release", mode))
+    examiner = TokenExaminer(model=horen_model, tokenizer=golden_tokenizer, protocol=protocol_of("release", mode))
     assert compare(examiner, published("horen_T1"), "post", None, tied) == 30 - len(tied)
 
 
@@ -138,7 +144,7 @@ def test_horens_edits_get_the_published_scores(
 def test_romes_edits_get_the_published_scores(
     rome_model: PreTrainedModel, golden_tokenizer: PreTrainedTokenizerBase, mode: Mode
 ) -> None:
-    examiner = Examiner(rome_model, golden_tokenizer, protocol_of("release", mode))
+    examiner = TokenExaminer(model=rome_model, tokenizer=golden_tokenizer, protocol=protocol_of("release", mode))
     assert compare(examiner, published("rome_cov32"), "post", None, set()) == 30
 
 
@@ -146,8 +152,8 @@ def test_locality_scores_against_the_model_before_the_edits_are_the_published_on
     rome_model: PreTrainedModel, other_golden_model: PreTrainedModel, golden_tokenizer: PreTrainedTokenizerBase
 ) -> None:
     protocol = protocol_of("release", "teacher_forced")
-    before = Examiner(other_golden_model, golden_tokenizer, protocol).ask(questions())
-    examiner = Examiner(rome_model, golden_tokenizer, protocol)
+    before = TokenExaminer(model=other_golden_model, tokenizer=golden_tokenizer, protocol=protocol).ask(questions())
+    examiner = TokenExaminer(model=rome_model, tokenizer=golden_tokenizer, protocol=protocol)
     scores = {
         question.case: examiner.score(question, answer, base)
         for question, answer, base in zip(questions(), examiner.ask(questions()), before, strict=True)
@@ -163,8 +169,8 @@ def test_the_papers_protocol_gives_partial_credit_where_the_release_gives_none(
 ) -> None:
     """Both decode the same tokens; only the rule for lengths differs, so scores are never lower."""
     rel = [question for question in questions() if question.family != "loc"]
-    strict = Examiner(base_model, golden_tokenizer, protocol_of("release", "generate"))
-    fair = Examiner(base_model, golden_tokenizer, protocol_of("greedy", "generate"))
+    strict = TokenExaminer(model=base_model, tokenizer=golden_tokenizer, protocol=protocol_of("release", "generate"))
+    fair = TokenExaminer(model=base_model, tokenizer=golden_tokenizer, protocol=protocol_of("greedy", "generate"))
     pairs = [
         (strict.score(q, a, a), fair.score(q, b, b))
         for q, a, b in zip(rel, strict.ask(rel), fair.ask(rel), strict=True)

@@ -33,10 +33,15 @@ class Unke(Dataset):
         return stream_head(self._read, n, self.conflicts, str(self.path))
 
     def _read(self, enough: int | None) -> list[EditCase]:
-        return cases_of_file(self.path, _case, enough, HOW_TO_GET)
+        return cases_of_file(self.path, unke_case, enough, HOW_TO_GET)
 
 
-def _case(record: Record) -> EditCase:
+def unke_case(record: Record) -> EditCase:
+    """A record as a case.
+
+    Raises:
+        UserError: a field is not of the schema; the sentence names file, record and field.
+    """
     question = record.text("question")
     return EditCase(
         id=str(record.values.get("id", record.index)),

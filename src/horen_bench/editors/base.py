@@ -76,9 +76,19 @@ class Editor(ABC):
     needs_subject: ClassVar[bool] = False
     slice_size: int = 1
 
+    def expect(self, cases: Sequence[EditCase]) -> None:  # noqa: B027 - most methods take any cases
+        """Hear of the whole stream before its first edit; changes nothing.
+
+        Raises:
+            UserError: the method's settings do not go with these cases.
+        """
+
     @abstractmethod
     def edit(self, cases: Sequence[EditCase]) -> list[EditRecord]:
         """Write the cases on top of the earlier ones, as if one by one and in order."""
+
+    def settle(self) -> None:  # noqa: B027 - most methods write at once
+        """Write what still waits for later cases; called before the model is questioned."""
 
     @abstractmethod
     def state_dict(self) -> dict[str, Tensor]:
@@ -99,6 +109,10 @@ class Editor(ABC):
     @abstractmethod
     def side_parameters(self) -> int:
         """Numbers stored beside the base model."""
+
+    def side_memory(self) -> dict[str, int]:
+        """The same by kind: `keys`, `values`, and `modified`: copies of what is trained, and what goes with them."""
+        return {"keys": 0, "values": 0, "modified": self.side_parameters()}
 
     def routes(self, prompts: Sequence[str]) -> list[Route | None]:
         """What the method's router decides for each prompt; None for a method without one."""

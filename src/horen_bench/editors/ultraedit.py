@@ -25,7 +25,7 @@ from horen_bench.editors.base import Editor, EditRecord
 from horen_bench.errors import UserError
 from horen_bench.models.architecture import decoder_layer_index
 from horen_bench.models.surgery import MasterWeights, PristineWeights
-from horen_bench.prompts import encode_edit, encode_prompts, pad, pad_id_of
+from horen_bench.prompts import encode_edit, encode_texts, pad, pad_id_of
 
 _EPS = torch.finfo(torch.float32).eps
 _NO_LABEL = -100
@@ -244,7 +244,7 @@ class UltraEditEditor(Editor):
             return None
         labels = edit.target
         if self.regime.labels == "alone":
-            labels = tuple(encode_prompts(self.tokenizer, [f" {case.target}"])[0])
+            labels = tuple(encode_texts(self.tokenizer, [f" {case.target}"])[0])
         return Sample(edit.ids, labels[1 - len(edit.ids) :])
 
     def _features(self, samples: Sequence[Sample]) -> tuple[dict[str, Features], dict[Shape, RowStatistics]]:

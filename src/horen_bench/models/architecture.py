@@ -133,3 +133,9 @@ def is_last_layer(model: PreTrainedModel, path: str) -> bool:
     the first target token only.
     """
     return decoder_layer_index(path) == n_decoder_layers(model) - 1
+
+
+def context_length(model: PreTrainedModel) -> int | None:
+    """Positions that the model was made for; None where its configuration does not say."""
+    found: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return found

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
@@ -50,7 +51,7 @@ def load_model(
     source = model_source(hub_id)
     tokenizer = load_tokenizer(hub_id, revision)
     try:
-        with _quiet_transformers():
+        with quiet_transformers():
             model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
                 source,
                 dtype=_dtype(dtype),
@@ -95,6 +96,14 @@ def model_source(hub_id: str) -> str:
     return str(folder)
 
 
+def weights_at_hand(hub_id: str, revision: str | None = None) -> bool:
+    """Whether a model's weights are on this machine: a folder, or in the hub's cache; the network is not asked."""
+    if hub_id.startswith(EMBEDDED) or Path(hub_id).expanduser().is_dir():
+        return True
+    names = ("model.safetensors", "model.safetensors.index.json")
+    return any(isinstance(try_to_load_from_cache(hub_id, name, revision=revision), str) for name in names)
+
+
 def default_device() -> str:
     """`cuda` where there is one, else `mps`, else `cpu`."""
     if torch.cuda.is_available():
@@ -102,7 +111,7 @@ def default_device() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-class _quiet_transformers:  # noqa: N801 - reads as a verb in `with`
+class quiet_transformers:  # noqa: N801 - reads as a verb in `with`
     """Keeps the progress bars of loading out of ours."""
 
     def __enter__(self) -> None:

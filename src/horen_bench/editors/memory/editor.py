@@ -350,6 +350,11 @@ class CodebookEditor(Editor):
         """Numbers in keys and values."""
         return self.codebook.numel()
 
+    def side_memory(self) -> dict[str, int]:
+        """Keys (with their radii, where they have one) and values."""
+        values = sum(value.numel() for value in self.codebook.values.values())
+        return {"keys": self.codebook.numel() - values, "values": values, "modified": 0}
+
     def warnings(self) -> list[str]:
         """The last block's limit, where it applies."""
         found = [self._no_upper] if self._no_upper else []

@@ -1,6 +1,6 @@
-"""Questions a model on a prefix of the stream under one protocol; knows nothing about methods.
+"""Short answers, compared token by token.
 
-Protocols (one rule for every method in a table):
+Protocols (one rule for every method in a table; paper E.3.1):
 
 - `greedy` (default, paper Eq. 10-11): decode `|y|` tokens greedily, pure argmax whatever the checkpoint's
   `generation_config` says, cut at EOS; the decoded text, left-stripped and tokenised again, is compared with the
@@ -11,18 +11,17 @@ Protocols (one rule for every method in a table):
   HoReN and GRACE; `teacher_forced` for the rest.
 """
 
-import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from horen_bench.cases import EditCase, Probe
 from horen_bench.errors import UserError
+from horen_bench.evaluation.decoding import greedy_decode
+from horen_bench.evaluation.examiner import Answer, Examiner
+from horen_bench.evaluation.questions import Question
 from horen_bench.metrics.tokens import agreement, same_length_accuracy, token_accuracy
 from horen_bench.prompts import (
     announced_prompt,
@@ -35,7 +34,8 @@ from horen_bench.prompts import (
 )
 
 Mode = Literal["generate", "teacher_forced"]
-Progress = Callable[[int], None]
+
+TOKEN_PROTOCOLS = ("greedy", "teacher_forced", "release")
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,11 +64,6 @@ class Protocol:
         return f"{self.name}-{self.mode}"
 
 
-_SAMPLING = 1  # keeps the draw of cases apart from other uses of the seed
-
-PROTOCOL_NAMES = ("greedy", "teacher_forced", "release")
-
-
 def protocol_of(name: str, release_mode: Mode) -> Protocol:
     """The protocol of a name, for a method that the release scores in `release_mode`.
 
@@ -81,117 +76,28 @@ def protocol_of(name: str, release_mode: Mode) -> Protocol:
         return Protocol(name, "teacher_forced")
     if name == "release":
         return Protocol(name, "generate", "all_or_nothing", "tail", checkpoint_settings=True)
-    raise UserError(f"protocol={name} is unknown; write one of {', '.join(PROTOCOL_NAMES)}")
+    raise UserError(f"protocol={name} compares no tokens; write one of {', '.join(TOKEN_PROTOCOLS)}")
 
 
-@dataclass(frozen=True, slots=True)
-class Question:
-    """One question about one case.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenExaminer(Examiner):
+    """Asks for as many tokens as an answer has, and compares them with it.
 
     Attributes:
-        case: position of the case in the stream.
-        family: the column that it counts in: `rel`, `gen`, `loc`, or the name of a probe family.
-        reference: scored against the given answer, or against what the base model answers.
-        prompt: the question.
-        answer: the answer, without a leading space.
-    """
-
-    case: int
-    family: str
-    reference: Literal["answer", "base"]
-    prompt: str
-    answer: str
-
-    @property
-    def key(self) -> str:
-        """Identifies what is asked, independent of case and family."""
-        return hashlib.sha256(f"{self.prompt}\0{self.answer}".encode()).hexdigest()
-
-
-def questions_about(cases: Sequence[EditCase], positions: Iterable[int] | None = None) -> list[Question]:
-    """Every question that the cases ask, in case order, without probes of empty prompt or answer.
-
-    Args:
-        cases: the stream.
-        positions: ask about these cases only, ascending; None: about all.
-    """
-    chosen = range(len(cases)) if positions is None else positions
-    return [question for i in chosen for question in _questions_of(i, cases[i]) if _askable(question)]
-
-
-def sample(n: int, at_most: int | None, seed: int) -> list[int]:
-    """Positions of the cases that are questioned at checkpoint `n`: all, or a random sample of a fixed size.
-
-    Each case gets its rank once, so the samples of a run's checkpoints overlap as much as they can, and do not depend
-    on how far the stream goes.
-    """
-    if at_most is None or n <= at_most:
-        return list(range(n))
-    ranks = np.random.default_rng([seed, _SAMPLING]).random(n)
-    return sorted(np.argpartition(ranks, at_most)[:at_most].tolist())
-
-
-def _askable(question: Question) -> bool:
-    return bool(question.prompt.strip() and question.answer.strip())
-
-
-def _questions_of(index: int, case: EditCase) -> Iterable[Question]:
-    yield Question(index, "rel", "answer", case.prompt, case.target)
-    for paraphrase in case.paraphrases:
-        yield Question(index, "gen", "answer", paraphrase, case.target)
-    yield from _probes(index, {"loc": case.locality, **case.hard_locality}, "base")
-    yield from _probes(index, case.extras, "answer")
-
-
-def _probes(
-    index: int, families: Mapping[str, tuple[Probe, ...]], reference: Literal["answer", "base"]
-) -> Iterable[Question]:
-    for family, probes in families.items():
-        for probe in probes:
-            yield Question(index, family, reference, probe.prompt, probe.answer)
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """What a model said: the ids that locality compares, and those that are scored against an answer."""
-
-    ids: tuple[int, ...]
-    scored_ids: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Examiner:
-    """Asks questions of one model under one protocol, in batches sorted by length.
-
-    Args:
-        model: the model, edited or not.
-        tokenizer: its tokenizer.
         protocol: how to ask and compare.
-        batch_size: prompts per forward pass.
     """
 
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
     protocol: Protocol
-    batch_size: int = 64
     _targets: dict[str, tuple[int, ...]] = field(default_factory=dict, init=False, repr=False)
 
-    @torch.no_grad()
-    def ask(self, questions: Sequence[Question], progress: Progress = lambda _: None) -> list[Answer]:
-        """The model's answers, in the order of the questions.
+    @property
+    def cache_name(self) -> str:
+        """The protocol, with its mode."""
+        return self.protocol.cache_name
 
-        Args:
-            questions: what to ask.
-            progress: called with the number of questions answered since the last call.
-        """
-        ask_batch = self._generate if self.protocol.mode == "generate" else self._force
-        order = sorted(range(len(questions)), key=lambda i: len(questions[i].prompt))
-        answers: dict[int, Answer] = {}
-        for start in range(0, len(order), self.batch_size):
-            chosen = order[start : start + self.batch_size]
-            answers.update(zip(chosen, ask_batch([questions[i] for i in chosen]), strict=True))
-            progress(len(chosen))
-        return [answers[i] for i in range(len(questions))]
+    def ask_batch(self, questions: Sequence[Question]) -> list[Answer]:
+        """Free generation, or the answer given behind the prompt."""
+        return self._generate(questions) if self.protocol.mode == "generate" else self._force(questions)
 
     def score(self, question: Question, answer: Answer, base: Answer) -> float:
         """Score of an answer, in [0, 1]."""
@@ -200,6 +106,12 @@ class Examiner:
         lengths = self.protocol.lengths
         accuracy = token_accuracy if lengths == "positionwise" else same_length_accuracy
         return accuracy(answer.scored_ids, self._target(question))
+
+    def scores(
+        self, questions: Sequence[Question], answers: Sequence[Answer], base: Sequence[Answer]
+    ) -> list[dict[str, float]]:
+        """The one score of the protocol."""
+        return [{"": self.score(*one)} for one in zip(questions, answers, base, strict=True)]
 
     def text(self, answer: Answer) -> str:
         """An answer as text, for people."""
@@ -211,7 +123,7 @@ class Examiner:
             if self.protocol.mode == "generate":
                 ids = tuple(encode_plain(self.tokenizer, [question.answer])[0])
             else:
-                ids = encode_edit(self.tokenizer, question.prompt, question.answer).target
+                ids = encode_edit(self.tokenizer, question.prompt, question.answer, closed=False).target
             self._targets[question.key] = ids
         return self._targets[question.key]
 
@@ -256,7 +168,7 @@ class Examiner:
 
     def _force(self, questions: Sequence[Question]) -> list[Answer]:
         """The argmax at each position of the answer, with the answer behind the prompt."""
-        edits = [encode_edit(self.tokenizer, q.prompt, q.answer) for q in questions]
+        edits = [encode_edit(self.tokenizer, q.prompt, q.answer, closed=False) for q in questions]
         device = self.model.device
         batch = pad([edit.ids for edit in edits], pad_id_of(self.tokenizer), device=device)
         n_target = torch.tensor([len(edit.target) for edit in edits], device=device)
@@ -269,40 +181,6 @@ class Examiner:
         predicted = logits.argmax(dim=-1).tolist()
         rows = [tuple(row[-1 - len(edit.target) : -1]) for row, edit in zip(predicted, edits, strict=True)]
         return [Answer(row, row) for row in rows]
-
-
-def greedy_decode(
-    model: PreTrainedModel, prompts: Sequence[Sequence[int]], n_tokens: Sequence[int], pad_id: int
-) -> list[list[int]]:
-    """Argmax continuations of token id prompts, batched with a KV cache.
-
-    EOS is a token like any other here; callers cut at it. So how long a row is decoded depends on its
-    own length alone, and rows of one batch do not influence each other.
-
-    Args:
-        model: the model.
-        prompts: `B` rows of token ids.
-        n_tokens: new tokens wanted per row, at least 1 each.
-        pad_id: fills the padding.
-
-    Returns:
-        `n_tokens[i]` new ids for row `i`.
-    """
-    batch = pad(prompts, pad_id, device=model.device)
-    mask, positions = batch.attention_mask, batch.position_ids
-    tokens, cache = batch.input_ids, DynamicCache(config=model.config)
-    found: list[Tensor] = []
-    for step in range(max(n_tokens)):
-        logits = model(
-            input_ids=tokens, attention_mask=mask, position_ids=positions, cache=cache, logits_to_keep=1
-        ).logits
-        found.append(logits[:, -1].argmax(dim=-1))
-        if step + 1 < max(n_tokens):
-            tokens = found[-1][:, None]
-            mask = torch.cat([mask, mask.new_ones((mask.shape[0], 1))], dim=1)
-            positions = positions[:, -1:] + 1
-    rows: list[list[int]] = torch.stack(found, dim=1).tolist()
-    return [row[:n] for row, n in zip(rows, n_tokens, strict=True)]
 
 
 def _until(ids: list[int], stop: Any) -> list[int]:
