@@ -5,7 +5,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup run test check stress format tiny clean
+TABLES := table1 table2 table3 table4 table5 table6 table7 table8 table9 table10 table11 protocol_audit
+FIGURES := figure1 figure4 figure5 figure6 figure7 figure8 figure9 figure10 figure11
+JOBS ?= 1
+GRID = $(if $(SUITE),suite=$(SUITE)) $(if $(MODELS),model=$(MODELS)) $(ARGS) --jobs $(JOBS)
+
+.PHONY: help setup run test check stress paper $(TABLES) figures $(FIGURES) report format tiny clean
 
 setup: $(READY)
 
@@ -14,6 +19,9 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet $(TORCH)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	touch $@
+
+help:  ## this list
+	@sed -n 's/^\([a-z$$][^:]*\):.*##/\1:/p' $(MAKEFILE_LIST) | sed 's/$$(TABLES)/table1 ... table11, protocol_audit/'
 
 run: setup  ## the main job: HoReN edits the embedded model; ARGS="n=200" changes it
 	$(BIN)/python -m horen_bench $(ARGS)
@@ -31,6 +39,20 @@ stress: setup  ## 50,000 edits into the embedded model, questioned every 5,000 o
 	$(BIN)/python -m horen_bench n=50000 eval_cases=2000 results_dir=results/stress \
 		checkpoints=[5000,10000,15000,20000,25000,30000,35000,40000,45000]
 	$(BIN)/python -m horen_bench.figures results/stress/runs/* --out results/figures/stress
+
+# SUITE=tiny (embedded; the default without weights) or paper; MODELS=qwen25_7b fetches and runs that backbone alone;
+# JOBS=2 does two runs side by side. What is stored is not run again.
+$(TABLES): setup  ## a table of the paper: runs what is missing, prints it, writes it to results/tables
+	$(BIN)/python -m horen_bench.experiments $@ $(GRID)
+
+figures $(FIGURES): setup  ## a figure of the paper, or all: runs what is missing, draws it into results/figures
+	$(BIN)/python -m horen_bench.draw $@ $(GRID)
+
+paper: setup  ## every table and figure
+	$(BIN)/python -m horen_bench.experiments paper $(GRID); status=$$?; $(MAKE) figures && exit $$status
+
+report: setup  ## one page about all stored runs, results/report.html; ARGS="results results/stress" takes several folders
+	$(BIN)/python -m horen_bench.report $(ARGS)
 
 format: setup
 	$(BIN)/ruff check --fix

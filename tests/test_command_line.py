@@ -69,8 +69,8 @@ REFUSED = [
     (["seed=-1"], "seed must be a whole number of at least 0, got -1"),
     (["~tracker"], "~tracker leaves the run without a tracker; write tracker=... (--help lists them) instead"),
     (["protocol=[]"], "protocol is an empty list; write one protocol, or several such as [greedy,release]"),
-    (["protocol=[greedy,fair]"], "protocol=fair is unknown; write one of greedy, teacher_forced, release"),
-    (["protocol=fair"], "protocol=fair is unknown; write one of greedy, teacher_forced, release"),
+    (["protocol=[greedy,fair]"], "protocol=fair is unknown; write one of greedy, teacher_forced, release, text"),
+    (["protocol=fair"], "protocol=fair is unknown; write one of greedy, teacher_forced, release, text"),
     (["method.module=model.layers.4.mlp.down_proj"],
      "method.module=model.layers.4.mlp.down_proj: LlamaForCausalLM has no such module; model.layers has 4 entries, "
      "0 to 3"),

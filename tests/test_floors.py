@@ -9,12 +9,14 @@ PACKAGE = Path(__file__).parents[1] / "src" / "horen_bench"
 
 # Ground first. A module may import from its own floor and those below.
 FLOORS = (
-    {"atomic", "cases", "errors", "measurement", "metrics", "prompts", "resources", "world"},
+    {"atomic", "cases", "errors", "measurement", "metrics", "prompts", "resources", "score_names", "world"},
     {"configuration", "models", "store"},
-    {"datasets", "figures", "tables", "tracking"},
+    {"datasets", "figures", "paper_tables", "report", "tables", "tracking"},
     {"editors", "evaluation"},
     {"rows", "settings"},
     {"stream"},
+    {"analyses", "experiments"},
+    {"draw"},
     {"__main__"},
 )
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE or path.name != "__init__.py")
@@ -65,6 +67,14 @@ def test_methods_do_not_import_each_other() -> None:
     assert {pair for pair in strangers if pair[0] != "__init__"} == set()
 
 
-def test_tables_figures_and_tracking_know_the_store_alone() -> None:
-    for name in ("tables", "figures", "tracking"):
-        assert imported(PACKAGE / f"{name}.py") <= {"atomic", "errors", "store"}, name
+def test_what_is_made_of_rows_knows_the_store_alone() -> None:
+    """Each from its own room, from the ground and the store; the report and the paper's tables also from the tables."""
+    rooms, below = (
+        {"tables", "paper_tables", "figures", "report", "tracking"},
+        {"atomic", "errors", "resources", "score_names", "store"},
+    )
+    for path in MODULES:
+        room = path.relative_to(PACKAGE).with_suffix("").parts[0]
+        if room in rooms:
+            allowed = {room} | below | ({"tables"} if room in ("paper_tables", "report") else set())
+            assert {name.split(".")[0] for name in imported(path)} <= allowed, dotted(path)

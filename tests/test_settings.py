@@ -10,6 +10,7 @@ import yaml
 from hydra.utils import get_class
 from omegaconf import OmegaConf
 
+from horen_bench import configuration
 from horen_bench.errors import UserError
 from horen_bench.resources import resource
 from horen_bench.settings import check, checkpoints_of, resolved
@@ -46,7 +47,7 @@ def test_each_file_is_named_as_the_choice_that_it_makes(group: str) -> None:
 
 def needs(method: str) -> set[str]:
     """The model's values that a method's file asks for, e.g. `horen.threshold`."""
-    text = (CONF / "method" / f"{method}.yaml").read_text()
+    text = OmegaConf.to_yaml(configuration.composed([f"method={method}"]).method, resolve=False)
     return {part.split("}")[0] for part in text.split("${model.")[1:]}
 
 
@@ -87,7 +88,7 @@ def test_each_dataset_composes_with_each_model(model: str, dataset: str) -> None
 def test_each_key_of_a_file_is_an_argument_of_its_class_and_no_argument_is_forgotten(
     group: str, name: str, passed: set[str]
 ) -> None:
-    values = yaml.safe_load((CONF / group / f"{name}.yaml").read_text())
+    values = configuration.composed([f"{group}={name}"])[group]
     arguments = inspect.signature(get_class(values["_target_"])).parameters
     assert all(one.kind not in (one.VAR_KEYWORD, one.VAR_POSITIONAL) for one in arguments.values())
     needed = {key for key, one in arguments.items() if one.default is one.empty}
@@ -138,7 +139,7 @@ def test_checkpoints_end_with_n_whatever_the_list_says(n: int, checkpoints: list
         ("threads", 0, "threads must hold whole numbers of at least 1, got 0"),
         ("seed", -1, "seed must be a whole number of at least 0, got -1"),
         ("seed", 0.5, "seed must be a whole number of at least 0, got 0.5"),
-        ("protocol", "lenient", "protocol=lenient is unknown; write one of greedy, teacher_forced, release"),
+        ("protocol", "lenient", "protocol=lenient is unknown; write one of greedy, teacher_forced, release, text"),
         ("locality", "none", "locality must be all or clean, got 'none'"),
         ("method.threshold", 1.5,
          "method.threshold must be in [-1, 1], got 1.5; scores of unit vectors are cosines"),

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -285,6 +286,8 @@ def changed(path: str, value: object) -> dict[str, Any]:
         ("model.hub_id", "a/c"),
         ("model.revision", "main"),
         ("model.dtype", "bfloat16"),
+        ("template", "model"),
+        ("text.max_new_tokens", 128),
     ],
 )
 def test_what_changes_the_numbers_makes_another_run(path: str, value: object) -> None:
@@ -310,10 +313,31 @@ def test_what_changes_the_numbers_makes_another_run(path: str, value: object) ->
         ("model.threads", None),
         ("model.device_map", "auto"),
         ("model.rome", {"module": "not of this method"}),
+        ("template", "none"),  # what a run without the setting had
+        ("text.max_new_tokens", 512),
+        ("text.minilm", "elsewhere"),
     ],
 )
 def test_what_does_not_change_the_numbers_goes_on_with_the_run(path: str, value: object) -> None:
     assert identity(changed(path, value)) == identity(CONFIG)
+
+
+def test_statistics_count_by_what_they_hold_and_not_by_where_they_lie(tmp_path: Path) -> None:
+    def with_statistics(**changes: Any) -> str:
+        statistics = {"corpus": "a.txt", "folder": None, "published": None, **changes}
+        return identity({**CONFIG, "method": {**CONFIG["method"], "statistics": statistics}})
+
+    for name, value in (("here", 1.0), ("there", 1.0), ("other", 2.0), ("damaged", 0.0)):
+        (tmp_path / name).mkdir()
+        np.savez(tmp_path / name / "layer_float32_mom2_100.npz", moment=np.full((2, 2), value))
+    assert with_statistics(folder="elsewhere") == with_statistics()
+    assert with_statistics(corpus="b.txt") != with_statistics()
+    here, there, other = (with_statistics(published=str(tmp_path / name)) for name in ("here", "there", "other"))
+    assert here == there
+    assert len({here, other, with_statistics()}) == 3
+    (tmp_path / "damaged" / "layer_float32_mom2_100.npz").write_bytes(b"damaged")
+    with pytest.raises(UserError, match=r"method\.statistics\.published: .* cannot be read"):
+        with_statistics(published=str(tmp_path / "damaged"))
 
 
 def test_identity_does_not_depend_on_the_order_of_settings() -> None:

@@ -35,7 +35,14 @@ from horen_bench.store import RunStore
 from horen_bench.stream import RunResult
 from horen_bench.tables import notes
 
-MEASURED = ["edit_seconds", "eval_seconds", "edits_per_second", "peak_memory_bytes"]
+MEASURED = [
+    "edit_seconds",
+    "eval_seconds",
+    "edits_per_second",
+    "inference_base_ms",
+    "inference_ms",
+    "peak_memory_bytes",
+]
 
 
 class DriftEditor(Editor):
@@ -232,6 +239,16 @@ def test_slices_of_edits_end_at_checkpoints(tmp_path: Path, whole: RunStore) -> 
     result = run(config(tmp_path, 6, [2, 4], method=method))
     same = result.store.checkpoints().drop(columns=[*MEASURED, "run"])
     pd.testing.assert_frame_equal(same, whole.checkpoints().drop(columns=[*MEASURED, "run"]), check_exact=True)
+
+
+def test_editor_hears_of_the_whole_stream_first_and_settles_before_each_questioning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard: list[str] = []
+    monkeypatch.setattr(DriftEditor, "expect", lambda _self, cases: heard.append(f"{len(cases)} cases"))
+    monkeypatch.setattr(DriftEditor, "settle", lambda _self: heard.append(f"settled {DriftEditor.written}"))
+    run(config(tmp_path, 3, [2]))
+    assert heard == ["3 cases", "settled ['0', '1']", "settled ['0', '1', '2']"]
 
 
 def test_a_longer_run_goes_on_from_a_shorter_one(tmp_path: Path, whole: RunStore) -> None:

@@ -23,12 +23,13 @@ def main() -> None:
 
     In a sweep a run that fails says why, and the others go on.
     """
-    console = Console()
     failed: list[str] = []
+    main_process = os.getpid()
     wants_traceback = "HYDRA_FULL_ERROR" in os.environ
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its errors on instead of printing and exiting
 
     def job(config: DictConfig) -> None:
+        console = Console()
         try:
             _show(run(resolved(config), console), console)
         except UserError as error:
@@ -36,17 +37,23 @@ def main() -> None:
                 raise
             failed.append(str(error))
             _complain(str(error))
+            if os.getpid() != main_process:  # of a launcher: its list stays there, its error comes back
+                raise
 
     try:
         hydra.main(version_base="1.3", config_path=str(resource("conf")), config_name="config")(job)()
     except KeyboardInterrupt:
-        console.print("interrupted; the same command goes on from the last saved edit")
+        Console().print("interrupted; the same command goes on from the last saved edit")
         sys.exit(_INTERRUPTED)
     except HydraException as error:
         if wants_traceback:
             raise
         _complain(plain_words(error))
         sys.exit(_ERROR)
+    except UserError as error:
+        if wants_traceback:
+            raise
+        failed.append(str(error))
     if failed:
         sys.exit(_ERROR)
 

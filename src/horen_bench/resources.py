@@ -7,7 +7,7 @@ _CHECKOUT = _PACKAGE.parents[1]
 
 
 def resource(name: str) -> Path:
-    """Path of the top-level folder `conf` or `data`.
+    """Path of the top-level folder `conf`, `data` or `baselines`.
 
     A wheel holds them inside the package; an editable install reads them from the checkout.
 

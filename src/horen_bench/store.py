@@ -10,6 +10,7 @@ on how the model was questioned, so N = 100 and N = 1000 of the same stream, und
         checkpoints.csv      one row per checkpoint and protocol
         cases.parquet/       one file per checkpoint and protocol, one row per case
         state/               where the stream stands, to go on from
+        failure.txt          why the last attempt failed, until one succeeds
 
 Every write goes to a temporary file that is flushed and renamed, so a process killed at any moment leaves
 the old file or the new one. Nothing is pickled: CSV, Parquet, JSON, YAML, safetensors.
@@ -22,6 +23,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile, ZipFile
 
 import pandas as pd
 from filelock import FileLock, Timeout
@@ -39,15 +41,50 @@ _LASTING_OF_MODEL = ("name", "hub_id", "revision", "dtype")
 # Where a data file lies says nothing; what it holds is compared by the hash of the cases in each row.
 _PATHS = ("path", "paths", "train_path")
 
+# Settings that came later: a run that has the value it always had keeps its identity.
+_IMPLIED = {"template": "none", "text.max_new_tokens": 512}
+
 _LOCK = ".lock"
 
 
 def identity(config: Mapping[str, Any]) -> str:
     """Ten hex digits that name a run: a hash of its resolved configuration without the volatile parts."""
     lasting = {key: config[key] for key in _LASTING}
+    if "statistics" in config["method"]:
+        lasting["method"] = {**config["method"], "statistics": _lasting_statistics(config["method"]["statistics"])}
     lasting["dataset"] = {key: value for key, value in config["dataset"].items() if key not in (*_PATHS, "protocol")}
     lasting["model"] = {key: config["model"][key] for key in _LASTING_OF_MODEL}
+    lasting |= {name: value for name, usual in _IMPLIED.items() if (value := _dotted(config, name, usual)) != usual}
     return hashlib.sha256(json.dumps(lasting, sort_keys=True).encode()).hexdigest()[:10]
+
+
+def _lasting_statistics(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of second moments: where they are kept says nothing, and of published ones only the contents count."""
+    lasting = {key: value for key, value in settings.items() if key != "folder"}
+    if settings.get("published"):
+        files = sorted(Path(settings["published"]).expanduser().glob("*.npz"))
+        lasting["published"] = [[file.name, _checksums(file)] for file in files]
+    return lasting
+
+
+def _checksums(archive: Path) -> list[int]:
+    """CRC-32 of each member, read from the archive's directory: gigabytes are not read through."""
+    try:
+        with ZipFile(archive) as opened:
+            return [member.CRC for member in opened.infolist()]
+    except (BadZipFile, OSError) as error:
+        raise UserError(f"method.statistics.published: {archive} cannot be read ({error})") from error
+
+
+def run_directory(config: Mapping[str, Any]) -> Path:
+    """Where the run of a resolved configuration is kept."""
+    names = [config[part]["name"] for part in ("model", "method", "dataset")]
+    return Path(config["results_dir"]) / "runs" / "-".join([*names, identity(config)])
+
+
+def _dotted(config: Mapping[str, Any], name: str, usual: Any) -> Any:
+    part, _, key = name.rpartition(".")
+    return (config.get(part, {}) if part else config).get(key, usual)
 
 
 class RunStore:
@@ -62,6 +99,7 @@ class RunStore:
         self._checkpoints = path / "checkpoints.csv"
         self._cases = path / "cases.parquet"
         self._state = path / "state" / "stream.safetensors"
+        self._failure = path / "failure.txt"
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -99,6 +137,26 @@ class RunStore:
         write_text(self.path / "config.yaml", config)
         write_text(self.path / "environment.json", json.dumps(environment, indent=2) + "\n")
         write_text(self.path / "stream.json", json.dumps(stream) + "\n")
+
+    # --- Failures --------------------------------------------------------------------------------------
+
+    @contextmanager
+    def failure_recorded(self) -> Iterator[None]:
+        """Write down why the block failed; forget an earlier failure once it succeeds."""
+        try:
+            yield
+        except Exception as error:
+            self.record_failure(in_a_sentence(error))
+            raise
+        self._failure.unlink(missing_ok=True)
+
+    def record_failure(self, reason: str) -> None:
+        """Write down why the run failed."""
+        write_text(self._failure, reason + "\n")
+
+    def failure(self) -> str | None:
+        """Why the last attempt failed, or None."""
+        return self._failure.read_text(encoding="utf-8").strip() if self._failure.exists() else None
 
     # --- Results ---------------------------------------------------------------------------------------
 
@@ -170,6 +228,12 @@ def _place(row: Mapping[str, Any]) -> tuple[str, int]:
     return row["protocol"], row["n"]
 
 
+def in_a_sentence(error: Exception) -> str:
+    """What an error says, in one line; of an error of the program also its kind."""
+    said = " ".join(str(error).split())
+    return said if isinstance(error, UserError) else f"{type(error).__name__}: {said}"
+
+
 # --- What the base model answers ---------------------------------------------------------------------------
 
 
@@ -183,12 +247,18 @@ def cached_answers(
         keys: one per question.
         answer: called with the positions of the missing questions; token ids by name for each.
     """
-    try:
-        known: dict[str, dict[str, list[int]]] = json.loads(path.read_text()) if path.exists() else {}
-    except ValueError:
-        known = {}  # a cache: asked again and overwritten
+    known = _cache(path)
     missing = [i for i, key in enumerate(keys) if key not in known]
     if missing:
-        known.update(zip((keys[i] for i in missing), answer(missing), strict=True))
+        known |= dict(zip((keys[i] for i in missing), answer(missing), strict=True))
+        known = _cache(path) | known  # with what another run has added meanwhile
         write_text(path, json.dumps(known))
     return [known[key] for key in keys]
+
+
+def _cache(path: Path) -> dict[str, dict[str, list[int]]]:
+    try:
+        known: dict[str, dict[str, list[int]]] = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}  # asked again and overwritten
+    return known

@@ -1,8 +1,9 @@
 """The run: write the stream of edits, question the model at each checkpoint, record, go on after a stop."""
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from rich.progress import (
 )
 from rich.progress import Task as ProgressTask
 from rich.text import Text
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from horen_bench.cases import EditCase, fingerprint
 from horen_bench.configuration import build
@@ -27,13 +29,32 @@ from horen_bench.datasets.audit import touched_probes
 from horen_bench.datasets.base import Dataset
 from horen_bench.editors.base import Editor, EditRecord, Route
 from horen_bench.errors import UserError
-from horen_bench.evaluation import Answer, Examiner, Question, protocol_of, questions_about, sample
+from horen_bench.evaluation import (
+    Answer,
+    Examiner,
+    Question,
+    TextExaminer,
+    TextJudge,
+    TokenExaminer,
+    greedy_decode,
+    protocol_of,
+    questions_about,
+    sample,
+)
 from horen_bench.measurement import Stopwatch, environment, peak_memory
-from horen_bench.models.loading import default_device, load_model
-from horen_bench.rows import asked_table, per_case, summary
+from horen_bench.models.architecture import context_length
+from horen_bench.models.loading import LoadedModel, default_device, load_model, load_tokenizer
+from horen_bench.models.similarity import BertScoreF1, MiniLmCosine, free_device
+from horen_bench.prompts import encode_continuations, encode_edit, encode_prompts, pad_id_of, with_chat_template
+from horen_bench.rows import asked_table, per_case, suffixes, summary
 from horen_bench.settings import Config, build_editor, check, checkpoints_of, editor_class, protocols_of
-from horen_bench.store import RunStore, cached_answers, identity
+from horen_bench.store import RunStore, cached_answers, identity, run_directory
 from horen_bench.tracking import Tracker
+
+# What is timed of a question, on every model alike; ours.
+_TIMED_QUESTIONS, _TIMED_TOKENS = 20, 8
+
+_NAMED = 5  # ids that a warning lists
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,18 +67,21 @@ class RunResult:
     tracking_problem: str | None = None
 
 
-def run(config: Config, console: Console) -> RunResult:
+def run(config: Config, console: Console, wanted: Sequence[tuple[int, str]] | None = None) -> RunResult:
     """Do what is missing of a run and return its rows.
 
     Args:
         config: plain values, as `settings.resolved` gives them.
         console: where progress is shown.
+        wanted: numbers of edits, up to `n`, and protocols to question the model at and under; None: every checkpoint
+            of the configuration under every protocol of it.
 
     Raises:
         UserError: the configuration cannot be run, or the disk refuses.
     """
     check(config)
-    wanted = [(n, protocol) for n in checkpoints_of(config) for protocol in protocols_of(config)]
+    if wanted is None:
+        wanted = [(n, protocol) for n in checkpoints_of(config) for protocol in protocols_of(config)]
     dataset: Dataset = build(config["dataset"], "dataset")
     cases = dataset.cases(config["n"])
     if editor_class(config).needs_subject and all(case.subject is None for case in cases):
@@ -65,10 +89,8 @@ def run(config: Config, console: Console) -> RunResult:
             f"method={config['method']['name']} writes at the subject of each case, and dataset="
             f"{config['dataset']['name']} has none; choose another method or a dataset with subjects"
         )
-    run_id = identity(config)
-    names = [config[part]["name"] for part in ("model", "method", "dataset")]
-    store = RunStore(Path(config["results_dir"]) / "runs" / "-".join([*names, run_id]))
-    with store.locked():
+    store = RunStore(run_directory(config))
+    with store.locked(), store.failure_recorded():
         done = set() if config["force"] else _finished(store, cases)
         missing = _by_n([one for one in wanted if one not in done])
         problem = None
@@ -82,7 +104,7 @@ def run(config: Config, console: Console) -> RunResult:
 
 def _by_n(checkpoints: Sequence[tuple[int, str]]) -> dict[int, list[str]]:
     """Protocols by number of edits, in order."""
-    return {n: [protocol for m, protocol in checkpoints if m == n] for n, _ in checkpoints}
+    return {n: [protocol for m, protocol in checkpoints if m == n] for n, _ in sorted(checkpoints)}
 
 
 def _rows_of(store: RunStore, wanted: Sequence[tuple[int, str]]) -> pd.DataFrame:
@@ -130,36 +152,37 @@ def _prepare(
     device = config["device"] or default_device()
     if config["threads"]:
         torch.set_num_threads(config["threads"])
-    spec = config["model"]
-    loaded = load_model(
-        spec["hub_id"],
-        dtype=spec["dtype"],
-        device=device,
-        device_map=spec["device_map"],
-        revision=spec["revision"],
-    )
+    loaded = _loaded(config, device)
     if config["force"]:
         store.clear()  # only now: what is finished is not given up for a model that does not load
     store.describe(OmegaConf.to_yaml(OmegaConf.create(dict(config))), environment(device), stream_ids(cases))
-    asked = {i for n in missing for i in sample(n, config["eval_cases"], config["seed"])}
-    questions = questions_about(cases, sorted(asked))
+    asked = {n: set(sample(n, config["eval_cases"], config["seed"])) for n in missing}
+    questions = questions_about(cases, sorted(set().union(*asked.values())))
     exams: dict[str, Exam] = {}
     with _progress(console) as progress:
         for name in dict.fromkeys(protocol for protocols in missing.values() for protocol in protocols):
-            protocol = protocol_of(name, editor_class(config).release_mode)
-            examiner = Examiner(loaded.model, loaded.tokenizer, protocol, config["batch_size"])
-            cache = Path(config["results_dir"]) / "base_answers" / f"{loaded.fingerprint}-{protocol.cache_name}.json"
-            exams[name] = Exam(examiner, _base_answers(cache, examiner, questions, progress))
+            examiner = _examiner(name, config, loaded, device)
+            cache = Path(config["results_dir"]) / "base_answers" / f"{_cache_name(config, loaded, examiner)}.json"
+            about = set().union(*(asked[n] for n, protocols in missing.items() if name in protocols))
+            own = {i: question for i, question in enumerate(questions) if question.case in about}
+            exams[name] = Exam(
+                examiner, dict(zip(own, _base_answers(cache, examiner, [*own.values()], progress), strict=True))
+            )
+    timed = questions[:_TIMED_QUESTIONS]
+    base_ms = inference_ms(loaded.model, loaded.tokenizer, timed)
     editor = build_editor(config, loaded.model, loaded.tokenizer)
+    editor.expect(cases)
     facts = {
         "run": identity(config),
         **{part: config[part]["name"] for part in ("model", "method", "dataset")},
         "seed": config["seed"],
         "device": device,
         "weights": loaded.fingerprint,
+        "inference_base_ms": base_ms,
     }
     return Stream(
         editor=editor,
+        fits=Fit(loaded.tokenizer, context_length(loaded.model)),
         exams=exams,
         cases=cases,
         questions=questions,
@@ -171,6 +194,63 @@ def _prepare(
         save_every=config["save_every"],
         console=console,
     )
+
+
+def inference_ms(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question]) -> float:
+    """Milliseconds that a model takes for one question, decoding greedily without a batch; NaN without a question.
+
+    Every method is timed by this: the tokens of each answer, at most `_TIMED_TOKENS`.
+    """
+    if not questions:
+        return float("nan")
+    prompts = encode_prompts(tokenizer, [question.prompt for question in questions])
+    answers = encode_continuations(tokenizer, [question.answer for question in questions])
+    lengths = [min(len(ids), _TIMED_TOKENS) for ids in answers]
+    with torch.no_grad():
+        greedy_decode(model, prompts[:1], lengths[:1], pad_id_of(tokenizer))  # the first call sets things up
+        seconds = Stopwatch()
+        for prompt, n_tokens in zip(prompts, lengths, strict=True):
+            greedy_decode(model, [prompt], [n_tokens], pad_id_of(tokenizer))
+    return 1000 * seconds.elapsed() / len(questions)
+
+
+def _loaded(config: Config, device: str) -> LoadedModel:
+    """The model, its tokenizer under the template asked for; a missing template is told before weights are read."""
+    spec = config["model"]
+    view = (
+        with_chat_template(load_tokenizer(spec["hub_id"], spec["revision"])) if config["template"] == "model" else None
+    )
+    loaded = load_model(
+        spec["hub_id"],
+        dtype=spec["dtype"],
+        device=device,
+        device_map=spec["device_map"],
+        revision=spec["revision"],
+    )
+    return replace(loaded, tokenizer=view or loaded.tokenizer)
+
+
+def _examiner(name: str, config: Config, loaded: LoadedModel, device: str) -> Examiner:
+    """Who asks under the protocol of a name."""
+    size = config["batch_size"]
+    if name != "text":
+        protocol = protocol_of(name, editor_class(config).release_mode)
+        return TokenExaminer(model=loaded.model, tokenizer=loaded.tokenizer, batch_size=size, protocol=protocol)
+    text = config["text"]
+    chosen = [(MiniLmCosine, text["minilm"]), (BertScoreF1, text["bert_score"])]
+    judge = TextJudge([kind(model, free_device(device), size) for kind, model in chosen if model])
+    return TextExaminer(
+        model=loaded.model,
+        tokenizer=loaded.tokenizer,
+        batch_size=size,
+        judge=judge,
+        max_new_tokens=text["max_new_tokens"],
+    )
+
+
+def _cache_name(config: Config, loaded: LoadedModel, examiner: Examiner) -> str:
+    name = f"{loaded.fingerprint}-{examiner.cache_name}"
+    return name if config["template"] == "none" else f"{name}-chat"
 
 
 def stream_ids(cases: Sequence[EditCase]) -> dict[str, Any]:
@@ -219,18 +299,40 @@ class Position:
         return cls(records, values["edit_seconds"])
 
 
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """Whether cases fit the model's context.
+
+    Attributes:
+        tokenizer: of the model.
+        positions: the context's length; None: no limit.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    positions: int | None
+
+    def problem(self, case: EditCase) -> str | None:
+        """Why a case cannot be written, in one sentence; None where it fits."""
+        if self.positions is None:
+            return None
+        n_tokens = len(encode_edit(self.tokenizer, case.prompt, case.target).ids)
+        if n_tokens <= self.positions:
+            return None
+        return f"prompt and target have {n_tokens} tokens, the model has {self.positions} positions"
+
+
 @dataclass(slots=True)
 class Exam:
     """One protocol of a run.
 
     Attributes:
         examiner: asks the model questions.
-        base: the unedited model's answer to each question.
+        base: the unedited model's answer to each question that this protocol asks, by the question's position.
         answered: what a memory's entry made the model answer, by question: entry and version, answer.
     """
 
     examiner: Examiner
-    base: list[Answer]
+    base: Mapping[int, Answer]
     answered: dict[int, tuple[tuple[int | None, int], Answer]] = field(default_factory=dict)
 
     def answers(
@@ -266,6 +368,7 @@ class Stream:
 
     Attributes:
         editor: the method, on the model.
+        fits: tells cases that are too long.
         exams: how the model is questioned, by protocol.
         cases: the stream, in order.
         questions: all that is asked about the cases, in case order.
@@ -279,6 +382,7 @@ class Stream:
     """
 
     editor: Editor
+    fits: Fit
     exams: Mapping[str, Exam]
     cases: list[EditCase]
     questions: list[Question]
@@ -331,15 +435,24 @@ class Stream:
                     self._edit_slice(checkpoint)
                     progress.update(task, completed=self.position.n)
                 self._save()
+                exam = self.exams[protocols[0]]
+                spent = inference_ms(self.editor.model, exam.examiner.tokenizer, self.questions[:_TIMED_QUESTIONS])
                 for protocol in protocols:
-                    yield self._record(checkpoint, protocol, progress)
+                    yield self._record(checkpoint, protocol, spent, progress)
 
     def _edit_slice(self, checkpoint: int) -> None:
-        """Write the next few cases; save if the last save is long ago."""
+        """Write the next few cases, but for those that are too long; save if the last save is long ago."""
         start = self.position.n
         cases = self.cases[start : min(start + self.editor.slice_size, checkpoint)]
+        problems = [self.fits.problem(case) for case in cases]
+        fitting = [case for case, problem in zip(cases, problems, strict=True) if problem is None]
         seconds = Stopwatch()
-        self.position.records += self.editor.edit(cases)
+        written = iter(self.editor.edit(fitting) if fitting else [])
+        self.position.records += [
+            _refused(case, problem) if problem else next(written) for case, problem in zip(cases, problems, strict=True)
+        ]
+        if self.position.n == checkpoint:
+            self.editor.settle()
         self.position.edit_seconds += seconds.elapsed()
         if time.monotonic() > self._next_save:
             self._save()
@@ -353,8 +466,8 @@ class Stream:
             self._saved_n = self.position.n
         self._next_save = time.monotonic() + self.save_every + 10 * seconds.elapsed()
 
-    def _record(self, n: int, protocol: str, progress: Progress) -> dict[str, Any]:
-        """Question the model about the first `n` cases and store what comes out."""
+    def _record(self, n: int, protocol: str, spent_ms: float, progress: Progress) -> dict[str, Any]:
+        """Question the model about the first `n` cases and store what comes out, with what a question takes."""
         exam = self.exams[protocol]
         touched = {(one.case, one.probe.prompt) for one in touched_probes(self.cases[:n])}
         left_out = touched if self.clean_locality else set()
@@ -369,6 +482,7 @@ class Stream:
         eval_seconds = seconds.elapsed()
         asked = asked_table(exam.examiner, questions, answers, [exam.base[i] for i in chosen], routes)
         records = self.position.records[:n]
+        too_long = [case.id for case in self.cases[:n] if self.fits.problem(case)]
         cases = per_case(positions, self.cases[:n], records, asked, protocol)
         row = {
             "n": n,
@@ -376,25 +490,49 @@ class Stream:
             **self.facts,
             "cases": fingerprint(self.cases[:n]),
             "items": len(positions),
-            **summary(cases, list(asked["family"].unique()), self.facts["seed"]),
+            **summary(cases, list(asked["family"].unique()), self.facts["seed"], suffixes(asked)),
             "loc_touched": len(touched),
             "failed_edits": sum(record.action == "failed" for record in records),
             "edit_seconds": self.position.edit_seconds,
             "eval_seconds": eval_seconds,
-            "edits_per_second": n / self.position.edit_seconds,
+            "edits_per_second": (n - len(too_long)) / self.position.edit_seconds if len(too_long) < n else math.nan,
+            "inference_ms": spent_ms,
             "side_parameters": self.editor.side_parameters(),
+            **{f"side_{kind}": count for kind, count in self.editor.side_memory().items()},
             "peak_memory_bytes": peak_memory(),
-            "warnings": "\n".join([*self.editor.warnings(), *self.warnings, *self._locality_warnings(n, touched)])
-            or None,
+            "warnings": "\n".join(self._warnings(n, exam, touched, too_long)) or None,
         }
         self.store.add_checkpoint(row, cases)
         return row
+
+    def _warnings(self, n: int, exam: Exam, touched: set[tuple[int, str]], too_long: Sequence[str]) -> list[str]:
+        return [
+            *self.editor.warnings(),
+            *self.warnings,
+            *exam.examiner.warnings(),
+            *self._locality_warnings(n, touched),
+            *self._length_warnings(n, too_long),
+        ]
+
+    def _length_warnings(self, n: int, too_long: Sequence[str]) -> list[str]:
+        if not too_long:
+            return []
+        some = ", ".join(too_long[:_NAMED]) + (", ..." if len(too_long) > _NAMED else "")
+        positions = self.fits.positions
+        return [
+            f"N={n}: cases that are longer than the model's {positions} positions were not written, {len(too_long)} of "
+            f"{n}: {some}"
+        ]
 
     def _locality_warnings(self, n: int, touched: set[tuple[int, str]]) -> list[str]:
         if not touched:
             return []
         rule = "were left out" if self.clean_locality else "count in Loc; locality=clean leaves them out"
         return [f"N={n}: {len(touched)} locality probes are touched by another edit and {rule}"]
+
+
+def _refused(case: EditCase, problem: str) -> EditRecord:
+    return EditRecord(case.id, "failed", None, None, math.nan, 0, 0.0, problem)
 
 
 def _is_locality_of(question: Question, probes: set[tuple[int, str]]) -> bool:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from horen_bench.cases import EditCase, Probe
-from horen_bench.evaluation import Answer, TokenExaminer, Question, protocol_of, questions_about
+from horen_bench.evaluation import Answer, Question, TokenExaminer, protocol_of, questions_about
 from horen_bench.resources import resource
 from horen_bench.settings import build_editor, resolved
 
