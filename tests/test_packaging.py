@@ -27,8 +27,9 @@ def names(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
-def test_the_wheel_holds_configuration_and_embedded_model_inside_the_package(unpacked: Path) -> None:
+def test_the_wheel_holds_configuration_published_numbers_and_embedded_model_inside_the_package(unpacked: Path) -> None:
     assert names(unpacked / "horen_bench" / "conf") == names(CHECKOUT / "conf")
+    assert names(unpacked / "horen_bench" / "baselines" / "paper") == names(CHECKOUT / "baselines" / "paper")
     data = names(unpacked / "horen_bench" / "data")
     assert {"tiny/model.safetensors", "tiny/tokenizer.json", "tiny/config.json"} <= data
     for name in sorted(data):

@@ -146,6 +146,7 @@ def test_written_value_makes_the_target_likelier(method: str, make: Make) -> Non
     [
         ("rome", {"key_mode": "both"}, "method.key_mode must be"),
         ("rome", {"engine": "fast"}, "method.engine must be"),
+        ("rome", {"arithmetic": "float64"}, "method.arithmetic must be 'float32' or 'model'"),
         ("memit", {"batch_size": 0}, "method.batch_size must be"),
         ("memit", {"moment_weight": 0.0}, "method.moment_weight must be > 0"),
         ("memit", {"modules": []}, "method.modules must name"),
@@ -219,6 +220,17 @@ def test_rome_direction_solves_with_the_second_moment(make: Make) -> None:
     key = torch.randn(176)
     expected = torch.linalg.inv(editor._factor @ editor._factor.T) @ key.double()
     torch.testing.assert_close(editor.direction(key).double(), expected / expected.norm(), rtol=1e-4, atol=1e-5)
+
+
+def test_rome_can_round_where_the_release_does(make: Make, golden_model: Any) -> None:
+    """In bfloat16: the inverse, the key, u, v and their product are rounded one after the other."""
+    editor = make("rome", golden_model.to(torch.bfloat16), arithmetic="model")
+    editor.edit(CASES[:1])
+    key = torch.randn(176)
+    rounded = editor._inverse.bfloat16() @ key.bfloat16()
+    assert torch.equal(editor.direction(key), rounded / rounded.norm())
+    exact = make("rome", golden_model)
+    assert exact.direction(key).dtype == torch.float32
 
 
 def test_alphaedit_protected_keys_say_what_they_said(make: Make) -> None:

@@ -20,6 +20,7 @@ from horen_bench.editors.rewriting.statistics import Recipe, cholesky, second_mo
 from horen_bench.errors import UserError
 
 KeyMode = Literal["release", "mean", "prompt"]
+Arithmetic = Literal["float32", "model"]
 
 _SMALLEST = 1e-12  # of k . u, below which v = delta / (k . u) means nothing
 
@@ -40,6 +41,8 @@ class RomeEditor(RewritingEditor):
         statistics: constants of `Recipe`.
         context_lengths: pairs `(tokens, texts)` of contexts that the model writes.
         contexts: groups of texts instead of written ones, or None.
+        arithmetic: of u, v and their product: `float32`, the weight being rounded once; or `model`, the release's, which
+            rounds the explicit inverse of `C`, keys and values to the model's dtype first.
         engine: see `RewritingEditor`; `sequential` takes the explicit inverse of `C` in float32.
     """
 
@@ -57,8 +60,11 @@ class RomeEditor(RewritingEditor):
         statistics: Mapping[str, Any],
         context_lengths: Sequence[Sequence[int]],
         contexts: Sequence[Sequence[str]] | None,
+        arithmetic: Arithmetic,
         engine: Engine,
     ) -> None:
+        if arithmetic not in ("float32", "model"):
+            raise UserError(f"method.arithmetic must be 'float32' or 'model', got {arithmetic!r}")
         if key_mode not in ("release", "mean", "prompt"):
             raise UserError(f"method.key_mode must be 'release', 'mean' or 'prompt', got {key_mode!r}")
         super().__init__(
@@ -79,6 +85,8 @@ class RomeEditor(RewritingEditor):
         self.ridge = ridge
         self.recipe = Recipe(**statistics)
         self.context_lengths = context_lengths
+        self._explicit_inverse = engine == "sequential" or arithmetic == "model"
+        self._dtype = self.pristine.weights[module].dtype if arithmetic == "model" else torch.float32
         self._factor: Tensor | None = None
         self._inverse: Tensor | None = None
 
@@ -86,9 +94,10 @@ class RomeEditor(RewritingEditor):
         if not self.covariance:
             return
         moment = second_moments(self.model, self.tokenizer, [self.module_path], self.recipe)[self.module_path]
-        self._factor = cholesky(moment, self.ridge, self.device)
-        if self.engine == "sequential":
+        if self._explicit_inverse:
             self._inverse = torch.linalg.inv(moment.mean.to(self.device, torch.float32))
+        else:
+            self._factor = cholesky(moment, self.ridge, self.device)
 
     def _new_contexts(self) -> Contexts:
         texts = generate_contexts(self.model, self.tokenizer, self.context_lengths, self.seed)
@@ -97,14 +106,14 @@ class RomeEditor(RewritingEditor):
     # --- Left vector: where to write (paper 3.1, Eq. 2) ------------------------------------------------
 
     def direction(self, key: Tensor) -> Tensor:
-        """The unit vector `u ~ C^-1 k`, float32 `(m)`, for a key `(m)`."""
+        """The unit vector `u ~ C^-1 k`, `(m)` in the dtype of the arithmetic, for a key `(m)`."""
         if self._inverse is not None:
-            u = self._inverse @ key
+            u = self._inverse.to(self._dtype) @ key.to(self._dtype)
         elif self._factor is not None:
             u = torch.cholesky_solve(key.double()[:, None], self._factor)[:, 0]
         else:
-            u = key
-        unit: Tensor = (u / u.norm()).float()
+            u = key.to(self._dtype)
+        unit: Tensor = (u / u.norm()).to(self._dtype)
         return unit
 
     # --- Right vector and update: what to write --------------------------------------------------------
@@ -113,18 +122,19 @@ class RomeEditor(RewritingEditor):
     def _write(self, rows: Sequence[Row], reading: Reading, hidden: Hidden) -> None:
         mean, prompt = reading.keys[self.module_path][0], reading.prompt_keys[self.module_path][0]
         u = self.direction(prompt if self.key_mode == "prompt" else mean)
-        key = mean if self.key_mode == "mean" else prompt
+        key = (mean if self.key_mode == "mean" else prompt).to(self._dtype)
         strength = key @ u
         if not all_finite(u) or abs(float(strength)) < _SMALLEST:
             raise Refused("the key has no part along the direction that would be written")
-        v = (hidden.target[0] - self._said_to(key, hidden)) / strength
+        wanted = hidden.initial[0].to(self._dtype) + hidden.delta[0].to(self._dtype)
+        v = (wanted - self._said_to(key, hidden)) / strength
         self._add(self.module_path, torch.outer(v, u))
 
     def _said_to(self, key: Tensor, hidden: Hidden) -> Tensor:
         """`W k` `(d)`, which for the bare prompt's key is v0: no need to run anything again."""
         if self.key_mode == "mean":
-            return self.pristine.weights[self.module_path].float() @ key
-        return hidden.initial[0]
+            return self.pristine.weights[self.module_path].to(self._dtype) @ key
+        return hidden.initial[0].to(self._dtype)
 
     def _kept_numbers(self) -> int:
         return sum(one.numel() for one in (self._factor, self._inverse) if one is not None)
