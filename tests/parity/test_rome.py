@@ -81,6 +81,7 @@ def published_editor(meta: dict[str, Any], engine: Any, folder: Path) -> RomeEdi
         },
         context_lengths=[],
         contexts=[[text.removesuffix("{}") for text in meta["data"]["context_templates"]]],
+        arithmetic="float32",
         engine=engine,
     )
 
