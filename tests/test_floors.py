@@ -14,6 +14,7 @@ FLOORS = (
     {"datasets", "figures", "paper_tables", "report", "tables", "tracking"},
     {"editors", "evaluation"},
     {"rows", "settings"},
+    {"exams"},
     {"stream"},
     {"analyses", "experiments"},
     {"draw"},

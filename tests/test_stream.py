@@ -29,6 +29,7 @@ from horen_bench.datasets.facts import records, to_json
 from horen_bench.editors.base import Editor, EditRecord
 from horen_bench.errors import UserError
 from horen_bench.evaluation import Examiner
+from horen_bench.exams import Exam
 from horen_bench.resources import resource
 from horen_bench.settings import resolved
 from horen_bench.store import RunStore
@@ -544,9 +545,9 @@ def test_answers_that_are_known_without_asking_are_those_that_asking_gives(
     again = [one | {"alt": facts[-1 - i]["alt"]} if i % 2 else one for i, one in enumerate(facts)]
     path.write_text(to_json([*facts, *again]))
     known: list[int] = []
-    answers = stream.Exam.answers
+    answers = Exam.answers
 
-    def compared(self: stream.Exam, questions: Any, chosen: Any, routes: Any, advance: Any) -> Any:
+    def compared(self: Exam, questions: Any, chosen: Any, routes: Any, advance: Any) -> Any:
         asked: list[int] = []
         ask = Examiner.ask
 
@@ -561,7 +562,7 @@ def test_answers_that_are_known_without_asking_are_those_that_asking_gives(
         known.append(len(chosen) - sum(asked))
         return found
 
-    monkeypatch.setattr(stream.Exam, "answers", compared)
+    monkeypatch.setattr(Exam, "answers", compared)
     values = resolved(
         composed([
             f"method={method}", "method.threshold=0.6", "method.n_steps=5", "dataset=zsre", f"dataset.path={path}",

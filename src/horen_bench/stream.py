@@ -2,9 +2,8 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -21,7 +20,7 @@ from rich.progress import (
 )
 from rich.progress import Task as ProgressTask
 from rich.text import Text
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from horen_bench.cases import EditCase, fingerprint
 from horen_bench.configuration import build
@@ -29,30 +28,16 @@ from horen_bench.datasets.audit import touched_probes
 from horen_bench.datasets.base import Dataset
 from horen_bench.editors.base import Editor, EditRecord, Route
 from horen_bench.errors import UserError
-from horen_bench.evaluation import (
-    Answer,
-    Examiner,
-    Question,
-    TextExaminer,
-    TextJudge,
-    TokenExaminer,
-    greedy_decode,
-    protocol_of,
-    questions_about,
-    sample,
-)
+from horen_bench.evaluation import Question, questions_about, sample
+from horen_bench.exams import Exam, exam_of, inference_ms
 from horen_bench.measurement import Stopwatch, environment, peak_memory
 from horen_bench.models.architecture import context_length
 from horen_bench.models.loading import LoadedModel, default_device, load_model, load_tokenizer
-from horen_bench.models.similarity import BertScoreF1, MiniLmCosine, free_device
-from horen_bench.prompts import encode_continuations, encode_edit, encode_prompts, pad_id_of, with_chat_template
+from horen_bench.prompts import encode_edit, with_chat_template
 from horen_bench.rows import asked_table, per_case, suffixes, summary
 from horen_bench.settings import Config, build_editor, check, checkpoints_of, editor_class, protocols_of
-from horen_bench.store import RunStore, cached_answers, identity, run_directory
+from horen_bench.store import RunStore, identity, run_directory
 from horen_bench.tracking import Tracker
-
-# What is timed of a question, on every model alike; ours.
-_TIMED_QUESTIONS, _TIMED_TOKENS = 20, 8
 
 _NAMED = 5  # ids that a warning lists
 
@@ -161,15 +146,10 @@ def _prepare(
     exams: dict[str, Exam] = {}
     with _progress(console) as progress:
         for name in dict.fromkeys(protocol for protocols in missing.values() for protocol in protocols):
-            examiner = _examiner(name, config, loaded, device)
-            cache = Path(config["results_dir"]) / "base_answers" / f"{_cache_name(config, loaded, examiner)}.json"
             about = set().union(*(asked[n] for n, protocols in missing.items() if name in protocols))
             own = {i: question for i, question in enumerate(questions) if question.case in about}
-            exams[name] = Exam(
-                examiner, dict(zip(own, _base_answers(cache, examiner, [*own.values()], progress), strict=True))
-            )
-    timed = questions[:_TIMED_QUESTIONS]
-    base_ms = inference_ms(loaded.model, loaded.tokenizer, timed)
+            exams[name] = exam_of(name, config, loaded, own, progress=progress)
+    base_ms = inference_ms(loaded.model, loaded.tokenizer, questions)
     editor = build_editor(config, loaded.model, loaded.tokenizer)
     editor.expect(cases)
     facts = {
@@ -196,24 +176,6 @@ def _prepare(
     )
 
 
-def inference_ms(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question]) -> float:
-    """Milliseconds that a model takes for one question, decoding greedily without a batch; NaN without a question.
-
-    Every method is timed by this: the tokens of each answer, at most `_TIMED_TOKENS`.
-    """
-    if not questions:
-        return float("nan")
-    prompts = encode_prompts(tokenizer, [question.prompt for question in questions])
-    answers = encode_continuations(tokenizer, [question.answer for question in questions])
-    lengths = [min(len(ids), _TIMED_TOKENS) for ids in answers]
-    with torch.no_grad():
-        greedy_decode(model, prompts[:1], lengths[:1], pad_id_of(tokenizer))  # the first call sets things up
-        seconds = Stopwatch()
-        for prompt, n_tokens in zip(prompts, lengths, strict=True):
-            greedy_decode(model, [prompt], [n_tokens], pad_id_of(tokenizer))
-    return 1000 * seconds.elapsed() / len(questions)
-
-
 def _loaded(config: Config, device: str) -> LoadedModel:
     """The model, its tokenizer under the template asked for; a missing template is told before weights are read."""
     spec = config["model"]
@@ -230,42 +192,9 @@ def _loaded(config: Config, device: str) -> LoadedModel:
     return replace(loaded, tokenizer=view or loaded.tokenizer)
 
 
-def _examiner(name: str, config: Config, loaded: LoadedModel, device: str) -> Examiner:
-    """Who asks under the protocol of a name."""
-    size = config["batch_size"]
-    if name != "text":
-        protocol = protocol_of(name, editor_class(config).release_mode)
-        return TokenExaminer(model=loaded.model, tokenizer=loaded.tokenizer, batch_size=size, protocol=protocol)
-    text = config["text"]
-    chosen = [(MiniLmCosine, text["minilm"]), (BertScoreF1, text["bert_score"])]
-    judge = TextJudge([kind(model, free_device(device), size) for kind, model in chosen if model])
-    return TextExaminer(
-        model=loaded.model,
-        tokenizer=loaded.tokenizer,
-        batch_size=size,
-        judge=judge,
-        max_new_tokens=text["max_new_tokens"],
-    )
-
-
-def _cache_name(config: Config, loaded: LoadedModel, examiner: Examiner) -> str:
-    name = f"{loaded.fingerprint}-{examiner.cache_name}"
-    return name if config["template"] == "none" else f"{name}-chat"
-
-
 def stream_ids(cases: Sequence[EditCase]) -> dict[str, Any]:
     """What two labs compare to know that they ran the same stream."""
     return {"n": len(cases), "cases": fingerprint(cases), "ids": [case.id for case in cases]}
-
-
-def _base_answers(cache: Path, examiner: Examiner, questions: Sequence[Question], progress: Progress) -> list[Answer]:
-    def ask(missing: list[int]) -> list[dict[str, list[int]]]:
-        task = progress.add_task("asking the base model", total=len(missing), unit="questions")
-        answers = examiner.ask([questions[i] for i in missing], lambda n: progress.advance(task, n))
-        return [{"ids": list(answer.ids), "scored_ids": list(answer.scored_ids)} for answer in answers]
-
-    found = cached_answers(cache, [question.key for question in questions], ask)
-    return [Answer(tuple(one["ids"]), tuple(one["scored_ids"])) for one in found]
 
 
 @dataclass(slots=True)
@@ -319,47 +248,6 @@ class Fit:
         if n_tokens <= self.positions:
             return None
         return f"prompt and target have {n_tokens} tokens, the model has {self.positions} positions"
-
-
-@dataclass(slots=True)
-class Exam:
-    """One protocol of a run.
-
-    Attributes:
-        examiner: asks the model questions.
-        base: the unedited model's answer to each question that this protocol asks, by the question's position.
-        answered: what a memory's entry made the model answer, by question: entry and version, answer.
-    """
-
-    examiner: Examiner
-    base: Mapping[int, Answer]
-    answered: dict[int, tuple[tuple[int | None, int], Answer]] = field(default_factory=dict)
-
-    def answers(
-        self,
-        questions: Sequence[Question],
-        chosen: Sequence[int],
-        routes: Sequence[Route | None],
-        advance: Callable[[int], None],
-    ) -> list[Answer]:
-        """Answers to the questions at `chosen`, asking the model no more than necessary.
-
-        Where no entry acts, the edited model is the base model, whose answer is known; where the same entry with the
-        same value acts as at an earlier checkpoint, so is the answer. Both hold exactly, since a route decides all
-        that a memory editor does. Editors without a router are asked everything.
-        """
-        known = {i: self.base[i] for i, route in zip(chosen, routes, strict=True) if route and not route.matched}
-        for i, route in zip(chosen, routes, strict=True):
-            earlier = self.answered.get(i)
-            if route and route.matched and earlier and earlier[0] == (route.entry, route.version):
-                known[i] = earlier[1]
-        asking = [i for i in chosen if i not in known]
-        advance(len(known))
-        known |= dict(zip(asking, self.examiner.ask([questions[i] for i in asking], advance), strict=True))
-        for i, route in zip(chosen, routes, strict=True):
-            if route and route.matched:
-                self.answered[i] = ((route.entry, route.version), known[i])
-        return [known[i] for i in chosen]
 
 
 @dataclass(slots=True)
@@ -436,7 +324,7 @@ class Stream:
                     progress.update(task, completed=self.position.n)
                 self._save()
                 exam = self.exams[protocols[0]]
-                spent = inference_ms(self.editor.model, exam.examiner.tokenizer, self.questions[:_TIMED_QUESTIONS])
+                spent = inference_ms(self.editor.model, exam.examiner.tokenizer, self.questions)
                 for protocol in protocols:
                     yield self._record(checkpoint, protocol, spent, progress)
 

@@ -41,8 +41,8 @@ class RomeEditor(RewritingEditor):
         statistics: constants of `Recipe`.
         context_lengths: pairs `(tokens, texts)` of contexts that the model writes.
         contexts: groups of texts instead of written ones, or None.
-        arithmetic: of u, v and their product: `float32`, the weight being rounded once; or `model`, the release's, which
-            rounds the explicit inverse of `C`, keys and values to the model's dtype first.
+        arithmetic: of u, v and their product: `float32`, the weight being rounded once; or `model`, the release's,
+            which rounds the explicit inverse of `C`, keys and values to the model's dtype first.
         engine: see `RewritingEditor`; `sequential` takes the explicit inverse of `C` in float32.
     """
 
