@@ -322,7 +322,8 @@ def _written(
     name: str, long: pd.DataFrame, tables: Sequence[tuple[str, pd.DataFrame, Sequence[str]]], folder: Path
 ) -> str:
     markdown = "\n".join(_markdown(*table) for table in tables)
-    write_text(folder / f"{name}.csv", long.to_csv(index=False))
+    numbers = long.assign(command=long["command"].where(long["status"] != "finished")) if "command" in long else long
+    write_text(folder / f"{name}.csv", numbers.to_csv(index=False, float_format="%.6g"))
     write_text(folder / f"{name}.md", markdown)
     write_text(folder / f"{name}.tex", "\n".join(_latex(text, table) for text, table, _ in tables))
     return markdown
@@ -404,6 +405,9 @@ def _as_met(values: "pd.Series[Any]") -> pd.Categorical:
 def write_audit(rows: pd.DataFrame, folder: Path) -> str:
     """The same edits under three protocols: each score, and how far the other two are from `greedy`."""
     long = compared(rows, pd.DataFrame(columns=["dataset", "metric", "paper"]), _SCORES).drop(columns="paper")
+    missing = absences(long)
+    run = long[long["status"] == "finished"]["model"].unique()
+    long = long[long["model"].isin(run)].copy()  # whole backbones that were not run are in the notes alone
     keys = ["dataset", "model", "method", "N", "score"]
     greedy = long[long["protocol"] == "greedy"].set_index(keys)["ours"]
     base = greedy.reindex(pd.MultiIndex.from_frame(long[keys])).to_numpy()
@@ -421,4 +425,4 @@ def write_audit(rows: pd.DataFrame, folder: Path) -> str:
         "Protocol audit. The same edits questioned in three ways; in brackets the distance from `greedy`. The release "
         "generates freely for HoReN and GRACE, and gives the answer to the others (`teacher_forced`)."
     )
-    return _written("protocol_audit", long, [(about, table, absences(long))], folder)
+    return _written("protocol_audit", long, [(about, table, missing)], folder)

@@ -31,7 +31,7 @@ def test_the_shipped_file_read_as_zsre_gives_the_same_cases(stream: list[EditCas
         append_question_mark=False,
         conflicts="keep",
     )
-    assert shipped.cases(2000) == stream
+    assert shipped.cases(1000) == stream[:1000]
 
 
 def test_every_case_has_every_family_of_probes(stream: list[EditCase]) -> None:

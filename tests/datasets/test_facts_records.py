@@ -182,5 +182,5 @@ def test_generation_is_fast() -> None:
 
 def test_the_shipped_file_is_the_head_of_stream_one(stream: list[dict[str, Any]]) -> None:
     text = (resource("data") / "facts.json").read_text(encoding="utf-8")
-    assert len(json.loads(text)) == 2000
-    assert text == to_json(stream[:2000]), "write it again: to_json(records(1, 0, 2000))"
+    assert len(json.loads(text)) == 1000
+    assert text == to_json(stream[:1000]), "write it again: to_json(records(1, 0, 1000))"
