@@ -67,7 +67,9 @@ const nameOf = (run) => (run.variant ? `${run.method} (${run.variant})` : run.me
 
 // --- Curves ----------------------------------------------------------------------------------------------
 
-const hidden = new Set(); // names of curves that are switched off
+const withoutVariant = new Set(data.runs.filter((run) => !run.variant).map((run) => run.method));
+// Names of curves that are switched off; at first the variants of methods that are there as they are.
+const hidden = new Set(data.runs.filter((run) => run.variant && withoutVariant.has(run.method)).map(nameOf));
 let curves = []; // what is drawn: {name, colour, dash, points: [{n, value, x, y}]}
 let cursor = null; // [curve, point] under the pointer or the keyboard
 
@@ -157,7 +159,7 @@ function drawChart() {
   const all = curves.flatMap((curve) => curve.points);
   const width = Math.max(280, chart.clientWidth);
   const height = Math.max(260, Math.min(420, width * 0.55));
-  const edge = { left: 62, right: 16, top: 12, bottom: 46 };
+  const edge = { left: 62, right: 30, top: 12, bottom: 46 };
   const highest = Math.max(...all.flatMap((point) => point.value.filter((value) => value !== null)));
   const top = highest <= 1 ? 1 : highest * 1.05;
   const isLog = at("axis").value === "log";

@@ -23,9 +23,9 @@ def report(runs: Sequence[StoredRun]) -> str:
     """The page about some runs; the same runs give the same page.
 
     Args:
-        runs: at least one; shown in this order.
+        runs: at least one; shown by model, dataset and method, a method's variants behind the method itself.
     """
-    named = list(zip(runs, variants(runs), strict=True))
+    named = sorted(zip(runs, variants(runs), strict=True), key=_place)
     tables, remarks = "\n".join(_tables(named)), "\n".join(_remarks(named)) or "<li>There are none.</li>"
     for most_cases in _CASES:
         page = _page(tables, remarks, named, most_cases)
@@ -71,6 +71,11 @@ def _tables(runs: Sequence[tuple[StoredRun, str]]) -> Iterator[str]:
         yield f"<h3>{title}</h3>"
         yield f'<div class="wide" tabindex="0" role="region" aria-label="{title}">'
         yield _html(table) + "</div>"
+
+
+def _place(named: tuple[StoredRun, str]) -> tuple[str, ...]:
+    run, variant = named
+    return (*(run.label(part) for part in ("model", "dataset", "method")), variant)
 
 
 def _labelled(run: StoredRun, variant: str) -> pd.DataFrame:
