@@ -104,6 +104,8 @@ def test_the_text_tables_columns_of_unknown_n_are_set_beside_ours_in_order(tmp_p
     assert told[2][2:] == ["Original, BLEU ↑", "ours", *["0.200"] * 6]
     assert told[4][2:] == ["", "paper", "0.191", "0.143", "0.202", "0.126", "0.098", "0.117"]
     assert told[5][2:5] == ["", "difference", "+0.009"]
+    cosine = next(i for i, line in enumerate(told) if line[2] == "Original, MiniLM cosine ↑")
+    assert told[cosine + 1][3:5] == ["paper", "0.713"]  # what the paper calls BERTScore
     assert ["Paraphrase, ROUGE-L ↑", "ours", *["--"] * 6] in [line[2:] for line in told]
 
 

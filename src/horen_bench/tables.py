@@ -7,9 +7,11 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from horen_bench.score_names import MAIN
+
 MISSING = "--"
 _LONG = {"rel": "Original", "gen": "Para", "sub_question": "Sub"}  # as the paper's Table 7 calls them
-_MAIN = {"rel": "Rel ↑", "gen": "Gen ↑", "loc": "Loc ↑", "op": "OP ↑"}
+_MAIN = {name: f"{head} ↑" for name, head in MAIN.items()}
 
 
 def score_columns(rows: pd.DataFrame) -> list[str]:
