@@ -21,7 +21,7 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 help:  ## this list
-	@sed -n 's/^\([a-z$$][^:]*\):.*##/\1:/p' $(MAKEFILE_LIST) | sed 's/$$(TABLES)/table1 ... table11, protocol_audit/'
+	@sed -n 's/^\([a-z$$][^:]*\):.*##/\1:/p' $(MAKEFILE_LIST) | sed 's/$$(TABLES)/table1 ... table11, protocol_audit/; s/$$(FIGURES)/figure1 figure4 ... figure11/'
 
 run: setup  ## the main job: HoReN edits the embedded model; ARGS="n=200" changes it
 	$(BIN)/python -m horen_bench $(ARGS)
@@ -54,7 +54,7 @@ paper: setup  ## every table and figure
 report: setup  ## one page about all stored runs, results/report.html; ARGS="results results/stress" takes several folders
 	$(BIN)/python -m horen_bench.report $(ARGS)
 
-format: setup
+format: setup  ## put the code into the form that check wants
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
