@@ -1,6 +1,7 @@
 """What the benchmarks share: models of real shapes without real weights, and a line that says what ran on what."""
 
 import platform
+from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any
 
@@ -10,7 +11,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 
 from horen_bench.cases import EditCase
 from horen_bench.datasets.facts import Facts
+from horen_bench.editors.base import Editor
 from horen_bench.editors.horen import HorenEditor
+from horen_bench.measurement import Stopwatch
 from horen_bench.models.loading import load_model, load_tokenizer
 from horen_bench.resources import resource
 
@@ -42,6 +45,17 @@ def horen(
     values: Any = OmegaConf.to_container(OmegaConf.create({"method": method, "model": spec}), resolve=True)
     constants = {k: v for k, v in values["method"].items() if k not in ("_target_", "name", "label")}
     return HorenEditor(model, tokenizer, seed=42, **{**constants, "engine": engine, **changes})
+
+
+def milliseconds_per_edit(make: Callable[[], Editor], edits: list[EditCase]) -> float:
+    """Wall time of `edit`, queries and decisions included, after a warm-up of a fresh editor on a few edits."""
+    for chosen in (edits[:4], edits):
+        editor = make()
+        watch = Stopwatch()
+        editor.edit(chosen)
+        seconds = watch.elapsed()
+        editor.detach()
+    return 1000 * seconds / len(edits)
 
 
 def cases(n: int) -> list[EditCase]:

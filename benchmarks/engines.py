@@ -11,24 +11,18 @@ import argparse
 import time
 
 import torch
-from common import cases, horen, model_and_tokenizer, what_ran
+from common import cases, horen, milliseconds_per_edit, model_and_tokenizer, what_ran
 from rich.console import Console
 from rich.table import Table
 
 from horen_bench.cases import EditCase
-from horen_bench.measurement import Stopwatch, peak_memory
+from horen_bench.measurement import peak_memory
 
 
-def milliseconds_per_edit(model_name: str, pair: tuple, engine: str, edits: list[EditCase], stop: bool) -> float:  # type: ignore[type-arg]
-    """Wall time of `edit`, key extraction and routing included, after a warm-up on a few edits."""
+def milliseconds(model_name: str, pair: tuple, engine: str, edits: list[EditCase], stop: bool) -> float:  # type: ignore[type-arg]
+    """Of one edit, by HoReN with one engine."""
     changes = {} if stop else {"early_stopping": None}
-    for chosen in (edits[:4], edits):
-        editor = horen(*pair, model_name, engine, **changes)
-        watch = Stopwatch()
-        editor.edit(chosen)
-        seconds = watch.elapsed()
-        editor.detach()
-    return 1000 * seconds / len(edits)
+    return milliseconds_per_edit(lambda: horen(*pair, model_name, engine, **changes), edits)
 
 
 def main() -> None:
@@ -47,8 +41,8 @@ def main() -> None:
     for label, stop in (("all steps", False), ("early stopping", True)):
         if stop and options.model != "tiny":
             continue
-        plain = milliseconds_per_edit(options.model, pair, "sequential", edits[: options.plain_edits], stop)
-        fast = milliseconds_per_edit(options.model, pair, "parallel", edits, stop)
+        plain = milliseconds(options.model, pair, "sequential", edits[: options.plain_edits], stop)
+        fast = milliseconds(options.model, pair, "parallel", edits, stop)
         table.add_row(label, f"{plain:.1f}", f"{fast:.2f}", f"{plain / fast:.1f}x", f"{1000 / fast:.1f}")
     table.caption = f"peak memory {peak_memory() / 2**20:.0f} MiB"
     Console().print(table)

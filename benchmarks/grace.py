@@ -10,28 +10,22 @@ import argparse
 import time
 
 import torch
-from common import cases, model_and_tokenizer, what_ran
+from common import cases, milliseconds_per_edit, model_and_tokenizer, what_ran
 from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from horen_bench.cases import EditCase
 from horen_bench.configuration import composed
-from horen_bench.measurement import Stopwatch, peak_memory
+from horen_bench.measurement import peak_memory
 from horen_bench.settings import build_editor, resolved
 
 
-def milliseconds_per_edit(
-    overrides: list[str], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, edits: list[EditCase]
+def milliseconds(
+    overrides: list[str], pair: tuple[PreTrainedModel, PreTrainedTokenizerBase], edits: list[EditCase]
 ) -> float:
-    """Wall time of `edit`, queries and decisions included, after a warm-up on a few edits."""
-    for chosen in (edits[:4], edits):
-        editor = build_editor(resolved(composed(overrides)), model, tokenizer)
-        watch = Stopwatch()
-        editor.edit(chosen)
-        seconds = watch.elapsed()
-        editor.detach()
-    return 1000 * seconds / len(edits)
+    """Of one edit, by the method that the overrides choose."""
+    return milliseconds_per_edit(lambda: build_editor(resolved(composed(overrides)), *pair), edits)
 
 
 def main() -> None:
@@ -49,8 +43,8 @@ def main() -> None:
     table.title = f"{what_ran(options.model, options.device)}; {options.edits} edits, {time.strftime('%Y-%m-%d')}"
     for method in ("grace", "grace_norm"):
         overrides = [f"model={options.model}", f"method={method}"]
-        plain = milliseconds_per_edit([*overrides, "method.engine=sequential"], *pair, edits[: options.plain_edits])
-        fast = milliseconds_per_edit([*overrides, "method.engine=parallel"], *pair, edits)
+        plain = milliseconds([*overrides, "method.engine=sequential"], pair, edits[: options.plain_edits])
+        fast = milliseconds([*overrides, "method.engine=parallel"], pair, edits)
         table.add_row(method, f"{plain:.1f}", f"{fast:.2f}", f"{plain / fast:.1f}x", f"{1000 / fast:.1f}")
     table.caption = f"peak memory {peak_memory() / 2**20:.0f} MiB"
     Console().print(table)
