@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from horen_bench.cases import EditCase
+from horen_bench.errors import UserError
 
 Action = Literal["inserted", "fine_tuned", "conflict", "failed"]
 
@@ -121,3 +122,14 @@ class Editor(ABC):
     def warnings(self) -> list[str]:
         """Sentences that whoever reads the result must know."""
         return []
+
+
+def check_choice(where: str, value: str, allowed: Sequence[str]) -> None:
+    """Refuse a setting, named in full (`method.engine`), whose value is none of those allowed.
+
+    Raises:
+        UserError: the sentence.
+    """
+    if value not in allowed:
+        *others, last = (f"'{choice}'" for choice in allowed)
+        raise UserError(f"{where} must be {', '.join(others)} or {last}, got '{value}'")

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from horen_bench.cases import EditCase
-from horen_bench.editors.base import Editor, EditRecord
+from horen_bench.editors.base import Editor, EditRecord, check_choice
 from horen_bench.editors.rewriting.hidden import inputs_of
 from horen_bench.errors import UserError
 from horen_bench.models.architecture import decoder_layer_index
@@ -127,10 +127,8 @@ class FineTuningEditor(Editor):
         master_weights: bool,
         engine: Engine,
     ) -> None:
-        if engine not in ("cached", "sequential"):
-            raise UserError(f"method.engine must be 'cached' or 'sequential', got {engine!r}")
-        if objective not in ("prompt_last", "target_new"):
-            raise UserError(f"method.objective must be 'prompt_last' or 'target_new', got '{objective}'")
+        check_choice("method.engine", engine, ("cached", "sequential"))
+        check_choice("method.objective", objective, ("prompt_last", "target_new"))
         if not learning_rate > 0:
             raise UserError(f"method.learning_rate must be > 0, got {learning_rate}")
         if not isinstance(n_steps, int) or n_steps < 1:

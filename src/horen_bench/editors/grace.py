@@ -21,10 +21,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from horen_bench.editors.base import Route
+from horen_bench.editors.base import Route, check_choice
 from horen_bench.editors.memory.adaptors import ReplacingAdaptor
 from horen_bench.editors.memory.codebook import BallCodebook
-from horen_bench.editors.memory.editor import CodebookEditor, Decision, Engine, Matches, check_choice
+from horen_bench.editors.memory.editor import CodebookEditor, Decision, Engine, Matches
 from horen_bench.editors.memory.prompt_hook import Respond, cached_length
 from horen_bench.errors import UserError
 from horen_bench.prompts import EncodedEdit, last_prompt_positions
@@ -92,10 +92,10 @@ class GraceEditor(CodebookEditor):
         engine: Engine,
         train_batch: int | None,
     ) -> None:
-        check_choice("label_rule", label_rule, ("tokens", "release", "original"))
-        check_choice("same_key", same_key, ("update", "release"))
-        check_choice("value_init", value_init, ("cold", "warm"))
-        check_choice("replacement", replacement, ("replace_last", "replace_all", "replace_prompt"))
+        check_choice("method.label_rule", label_rule, ("tokens", "release", "original"))
+        check_choice("method.same_key", same_key, ("update", "release"))
+        check_choice("method.value_init", value_init, ("cold", "warm"))
+        check_choice("method.replacement", replacement, ("replace_last", "replace_all", "replace_prompt"))
         _check_radius(eps, threshold, normalize, same_key)
         self.splits = threshold is None
         self.first_radius = np.float32(eps) if threshold is None else _radius_below(threshold)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from horen_bench.editors.base import check_choice
 from horen_bench.editors.memory.adaptors import Adaptor, LoraAdaptor, VectorAdaptor
 from horen_bench.editors.memory.editor import (
     CodebookEditor,
@@ -19,7 +20,6 @@ from horen_bench.editors.memory.editor import (
     Engine,
     LabelRule,
     Matches,
-    check_choice,
 )
 from horen_bench.editors.memory.hopfield import refine, similarities
 from horen_bench.errors import UserError
@@ -74,7 +74,7 @@ class HorenEditor(CodebookEditor):
         engine: Engine,
         train_batch: int | None,
     ) -> None:
-        check_choice("adaptor", adaptor, ("vector", "lora"))
+        check_choice("method.adaptor", adaptor, ("vector", "lora"))
         _check_ranges(threshold, normalize, hopfield)
         self.threshold = threshold
         self.hopfield = dict(hopfield)

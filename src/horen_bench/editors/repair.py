@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from horen_bench.cases import EditCase, Probe
-from horen_bench.editors.base import EditRecord
+from horen_bench.editors.base import EditRecord, check_choice
 from horen_bench.editors.wise.editor import NOTHING_RECORDED, OpenShard, WiseEditor, record_of
 from horen_bench.editors.wise.routing import Memory
 from horen_bench.editors.wise.training import Extra, Labels, Pass, SideEdit, SideTrained
@@ -542,10 +542,8 @@ def _sample(values: Mapping[str, Any]) -> Sample:
 
 
 def _check_kind(mode: str, distill: str, consistency: float | None) -> None:
-    if mode not in ("paper", "released"):
-        raise UserError(f"method.mode must be 'paper' or 'released', got '{mode}'")
-    if distill not in ("logit", "feature", "none"):
-        raise UserError(f"method.distill must be 'logit', 'feature' or 'none', got '{distill}'")
+    check_choice("method.mode", mode, ("paper", "released"))
+    check_choice("method.distill", distill, ("logit", "feature", "none"))
     if mode == "released" and (distill == "feature" or consistency is not None):
         raise UserError("method.mode=released has neither distill=feature nor consistency; set method.mode=paper")
     if consistency is not None and not 0 < consistency <= 2:

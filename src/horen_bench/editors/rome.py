@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from horen_bench.editors.base import check_choice
 from horen_bench.editors.rewriting.contexts import Contexts, generate_contexts
 from horen_bench.editors.rewriting.editor import Engine, RewritingEditor
 from horen_bench.editors.rewriting.hidden import Hidden, Reading
 from horen_bench.editors.rewriting.requests import Refused, Row, all_finite
 from horen_bench.editors.rewriting.statistics import Recipe, cholesky, second_moments
-from horen_bench.errors import UserError
 
 KeyMode = Literal["release", "mean", "prompt"]
 Arithmetic = Literal["float32", "model"]
@@ -63,10 +63,8 @@ class RomeEditor(RewritingEditor):
         arithmetic: Arithmetic,
         engine: Engine,
     ) -> None:
-        if arithmetic not in ("float32", "model"):
-            raise UserError(f"method.arithmetic must be 'float32' or 'model', got {arithmetic!r}")
-        if key_mode not in ("release", "mean", "prompt"):
-            raise UserError(f"method.key_mode must be 'release', 'mean' or 'prompt', got {key_mode!r}")
+        check_choice("method.arithmetic", arithmetic, ("float32", "model"))
+        check_choice("method.key_mode", key_mode, ("release", "mean", "prompt"))
         super().__init__(
             model,
             tokenizer,

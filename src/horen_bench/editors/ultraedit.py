@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from horen_bench.cases import EditCase
-from horen_bench.editors.base import Editor, EditRecord
+from horen_bench.editors.base import Editor, EditRecord, check_choice
 from horen_bench.errors import UserError
 from horen_bench.models.architecture import decoder_layer_index
 from horen_bench.models.surgery import MasterWeights, PristineWeights
@@ -52,9 +52,9 @@ class Regime:
     dtype: str
 
     def __post_init__(self) -> None:
-        _check_choice("rows", self.rows, ("sentence", "answer"))
-        _check_choice("normalizer", self.normalizer, ("per_turn", "lifelong"))
-        _check_choice("labels", self.labels, ("answer", "alone"))
+        check_choice("method.regimes: rows", self.rows, ("sentence", "answer"))
+        check_choice("method.regimes: normalizer", self.normalizer, ("per_turn", "lifelong"))
+        check_choice("method.regimes: labels", self.labels, ("answer", "alone"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -415,11 +415,6 @@ def _loaded(state: Mapping[str, Tensor], shape: Shape, like: Tensor) -> RowStati
     if n is None or mean is None or spread is None or not mean.shape == spread.shape == like.shape:
         raise ValueError(f"the state lacks '{name}', or it is of another size; it is not one of this editor's")
     return RowStatistics(int(n), mean.to(like.device, copy=True), spread.to(like.device, copy=True))
-
-
-def _check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
-    if value not in allowed:
-        raise UserError(f"method.regimes: {name} must be '{allowed[0]}' or '{allowed[1]}', got '{value}'")
 
 
 def _check_count(name: str, value: object) -> None:

@@ -96,6 +96,18 @@ def check_module(model: nn.Module, path: str, *, where: str) -> nn.Module:
     return owner
 
 
+def check_linear(model: nn.Module, path: str, *, where: str) -> nn.Linear:
+    """Return the linear module at a dotted path, as `check_module` does.
+
+    Raises:
+        UserError: no such module, or one of another kind.
+    """
+    module = check_module(model, path, where=where)
+    if not isinstance(module, nn.Linear):
+        raise UserError(f"{where}={path} is a {type(module).__name__}; a linear module is needed")
+    return module
+
+
 def _what_is_there(part: str, children: list[str]) -> str:
     """Second half of the sentence about a module that lacks `part`."""
     if not children:

@@ -23,14 +23,14 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from horen_bench.cases import EditCase
-from horen_bench.editors.base import Action, Editor, EditRecord, Route
+from horen_bench.editors.base import Action, Editor, EditRecord, Route, check_choice
 from horen_bench.editors.memory.adaptors import Adaptor
 from horen_bench.editors.memory.codebook import Codebook
 from horen_bench.editors.memory.parallel import Job, train_values
 from horen_bench.editors.memory.prompt_hook import PromptHook
 from horen_bench.editors.memory.training import EarlyStopping, Schedule, Trained, edit_loss, train_value
 from horen_bench.errors import UserError
-from horen_bench.models.architecture import check_module, decoder_layer_index, is_last_layer
+from horen_bench.models.architecture import check_linear, decoder_layer_index, is_last_layer
 from horen_bench.models.upper import NotSupportedError, UpperLayers
 from horen_bench.prompts import EncodedEdit, encode_edit, encode_prompts, last_prompt_positions, pad, pad_id_of
 
@@ -112,13 +112,11 @@ class CodebookEditor(Editor):
         engine: Engine,
         train_batch: int | None,
     ) -> None:
-        check_choice("engine", engine, ("parallel", "sequential"))
-        check_choice("label_rule", label_rule, ("tokens", "release"))
+        check_choice("method.engine", engine, ("parallel", "sequential"))
+        check_choice("method.label_rule", label_rule, ("tokens", "release"))
         if not 0 <= pooling_ratio <= 1:
             raise UserError(f"method.pooling_ratio must be in [0, 1], got {pooling_ratio}; 0 is the last token alone")
-        linear = check_module(model, module, where="method.module")
-        if not isinstance(linear, torch.nn.Linear):
-            raise UserError(f"method.module={module} is a {type(linear).__name__}; a linear module is needed")
+        linear = check_linear(model, module, where="method.module")
         self.model = model
         self.tokenizer = tokenizer
         self.seed = seed
@@ -399,14 +397,3 @@ def _layer_of(path: str) -> int:
 def _label_row_mean(target: Sequence[int], prompt_length: int) -> float:
     """Mean of a label row as the release builds it: -100 on the prompt, then the target ids."""
     return torch.tensor([-100] * prompt_length + list(target)).float().mean().item()
-
-
-def check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
-    """Refuse a value of `method.<name>` that is none of those allowed.
-
-    Raises:
-        UserError: the sentence.
-    """
-    if value not in allowed:
-        *others, last = (f"'{choice}'" for choice in allowed)
-        raise UserError(f"method.{name} must be {', '.join(others)} or {last}, got '{value}'")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from horen_bench.cases import EditCase
-from horen_bench.editors.base import Editor, EditRecord
+from horen_bench.editors.base import Editor, EditRecord, check_choice
 from horen_bench.editors.rewriting.contexts import Contexts
 from horen_bench.editors.rewriting.hidden import (
     Hidden,
@@ -66,8 +66,7 @@ class RewritingEditor(Editor):
         batch_size: int,
         engine: Engine,
     ) -> None:
-        if engine not in ("cached", "sequential"):
-            raise UserError(f"method.engine must be 'cached' or 'sequential', got {engine!r}")
+        check_choice("method.engine", engine, ("cached", "sequential"))
         if not (isinstance(batch_size, int) and batch_size > 0):
             raise UserError(f"method.batch_size must be a whole number of at least 1, got {batch_size!r}")
         self.model = model

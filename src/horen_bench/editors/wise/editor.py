@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.activations import ACT2FN
 
 from horen_bench.cases import EditCase
-from horen_bench.editors.base import Editor, EditRecord
+from horen_bench.editors.base import Editor, EditRecord, check_choice
 from horen_bench.editors.wise.irrelevant import check_disjoint, irrelevant_prompts
 from horen_bench.editors.wise.layers import SideLayers, plain_pass
 from horen_bench.editors.wise.masks import GradientMasks
@@ -37,7 +37,7 @@ from horen_bench.editors.wise.training import (
     train_sides,
 )
 from horen_bench.errors import UserError
-from horen_bench.models.architecture import check_module, decoder_layer_index, is_last_layer
+from horen_bench.models.architecture import check_linear, decoder_layer_index, is_last_layer
 from horen_bench.models.upper import NotSupportedError
 from horen_bench.prompts import encode_edit
 
@@ -134,13 +134,11 @@ class WiseEditor(Editor):
         shards_at_once: int,
         engine: Engine,
     ) -> None:
-        _check_choice("engine", engine, ("cached", "sequential"))
-        _check_choice("loc_source", loc_source, ("disjoint", "release"))
+        check_choice("method.engine", engine, ("cached", "sequential"))
+        check_choice("method.loc_source", loc_source, ("disjoint", "release"))
         _check_ranges(templates, act_margin, act_ratio, mask_ratio, density)
         _check_frequencies(save_freq, merge_freq, shards_at_once)
-        linear = check_module(model, module, where="method.module")
-        if not isinstance(linear, torch.nn.Linear):
-            raise UserError(f"method.module={module} is a {type(linear).__name__}; a linear module is needed")
+        linear = check_linear(model, module, where="method.module")
         self.model = model
         self.tokenizer = tokenizer
         self.module_path = module
@@ -446,11 +444,6 @@ def _activation_of(model: PreTrainedModel) -> Activation:
         raise UserError(f"method.module: {type(model).__name__} names no activation function that transformers knows")
     found: Activation = ACT2FN[name]
     return found
-
-
-def _check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
-    if value not in allowed:
-        raise UserError(f"method.{name} must be '{allowed[0]}' or '{allowed[1]}', got '{value}'")
 
 
 def _check_frequencies(save_freq: int, merge_freq: int, shards_at_once: int) -> None:
