@@ -611,9 +611,9 @@ def test_embedded_texts_are_regenerated_and_share_nothing_with_what_is_edited_or
     [
         ({"module": "model.layers.9"}, "method.module=model.layers.9: LlamaForCausalLM has no such module"),
         ({"module": "model.layers.1.mlp"}, "method.module must be a whole decoder layer such as model.layers.7"),
-        ({"preserve": "wrong"}, "method.preserve must be correct or release_broadcast, got 'wrong'"),
-        ({"pos_ids": "wrong"}, "method.pos_ids must be arange or release_cumsum, got 'wrong'"),
-        ({"engine": "wrong"}, "method.engine must be cached or sequential, got 'wrong'"),
+        ({"preserve": "wrong"}, "method.preserve must be 'correct' or 'release_broadcast', got 'wrong'"),
+        ({"pos_ids": "wrong"}, "method.pos_ids must be 'arange' or 'release_cumsum', got 'wrong'"),
+        ({"engine": "wrong"}, "method.engine must be 'cached' or 'sequential', got 'wrong'"),
         ({"batch_size": 0}, "method.batch_size must be a whole number of at least 1, got 0"),
         ({"value": {**SETTINGS["value"], "n_steps": 0}}, "method.value.n_steps must be a whole number"),
         ({"value": {**SETTINGS["value"], "clamp": 0.0}}, "method.value.clamp must be > 0, got 0.0"),

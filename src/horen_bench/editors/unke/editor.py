@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from horen_bench.cases import EditCase
-from horen_bench.editors.base import Editor, EditRecord
+from horen_bench.editors.base import Editor, EditRecord, check_choice
 from horen_bench.editors.unke.block import (
     BlockTraining,
     Comparison,
@@ -80,9 +80,9 @@ class UnkeEditor(Editor):
         master_weights: bool,
         engine: Engine,
     ) -> None:
-        _check_choice("preserve", preserve, ("correct", "release_broadcast"))
-        _check_choice("pos_ids", pos_ids, ("arange", "release_cumsum"))
-        _check_choice("engine", engine, ("cached", "sequential"))
+        check_choice("method.preserve", preserve, ("correct", "release_broadcast"))
+        check_choice("method.pos_ids", pos_ids, ("arange", "release_cumsum"))
+        check_choice("method.engine", engine, ("cached", "sequential"))
         if not isinstance(batch_size, int) or batch_size < 1:
             raise UserError(f"method.batch_size must be a whole number of at least 1, got {batch_size!r}")
         self.model = model
@@ -275,11 +275,6 @@ class UnkeEditor(Editor):
         if is_last_layer(self.model, self.module):
             found.append(f"{self.module} is the last layer: it can move the first token of an answer only")
         return found
-
-
-def _check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
-    if value not in allowed:
-        raise UserError(f"method.{name} must be {' or '.join(allowed)}, got '{value}'")
 
 
 def _layer_of(path: str) -> int:
