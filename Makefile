@@ -58,8 +58,8 @@ format: setup  ## put the code into the form that check wants
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-tiny: setup  ## train the embedded model again (about 10 minutes)
-	$(BIN)/python -m horen_bench.models.tiny --seed 0 --out data/tiny
+tiny: setup  ## train the embedded model again, into results/tiny (about 12 minutes)
+	$(BIN)/python -m horen_bench.models.tiny --seed 0 --out results/tiny
 
 clean:
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist

@@ -1,5 +1,6 @@
 """The made-up world: distinct names, wordings kept apart, the same everywhere."""
 
+import random
 import re
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 import horen_bench
 from horen_bench.world import RELATIONS, Relation, World
 from horen_bench.world.names import NameSpace, subject_names
+from horen_bench.world.passages import known_facts, new_facts, passage
 
 SOURCES = Path(horen_bench.__file__).parents[1]
 
@@ -126,3 +128,33 @@ def test_unrelated_questions_are_distinct_and_look_like_natural_questions(world:
     assert all(prompt.startswith("nq question: ") for prompt in prompts)
     assert all(prompt == prompt.lower() and not prompt.endswith("?") for prompt in prompts)
     assert World(n_questions=7).questions == world.questions[:7]
+
+
+def test_what_is_told_of_a_subject_agrees_with_what_is_asked_about_it(world: World) -> None:
+    agreeing = 0
+    for subject in world.trained()[:500]:
+        told = {fact.relation: fact.answer for fact in known_facts(world, subject)}
+        assert len(told) == 3
+        assert {relation.kind for relation in told} == {subject.kind}
+        assert all(told.get(fact.relation, fact.answer) == fact.answer for fact in subject.facts)
+        agreeing += sum(fact.relation in told for fact in subject.facts)
+        assert known_facts(world, subject) == list(known_facts(World(), subject))
+    assert 400 < agreeing < 700
+
+
+def test_new_facts_are_other_answers_to_the_same_questions(world: World) -> None:
+    rng = random.Random(0)
+    for subject in world.trained()[:200]:
+        known, new = known_facts(world, subject), new_facts(world, subject, rng)
+        assert [fact.relation for fact in new] == [fact.relation for fact in known]
+        assert all(fact.answer in world.pools[fact.relation.pool] for fact in new)
+        assert not {fact.answer for fact in new} & {fact.answer for fact in known}
+
+
+def test_a_passage_tells_each_fact_in_a_sentence(world: World) -> None:
+    for subject in world.trained()[:200]:
+        facts = known_facts(world, subject)
+        sentences = passage(subject, facts).split(". ")
+        assert len(sentences) == 3
+        assert all(fact.answer in sentence for fact, sentence in zip(facts, sentences, strict=True))
+        assert all(sentence.startswith("They " if subject.kind == "person" else "It ") for sentence in sentences)

@@ -10,6 +10,7 @@ from horen_bench.datasets.passages import Passages, records
 from horen_bench.models.loading import load_tokenizer
 from horen_bench.prompts import encode_edit
 from horen_bench.world import World
+from horen_bench.world.passages import known_facts
 
 Refusal = Callable[[Callable[[], object]], str]
 
@@ -25,13 +26,13 @@ def test_a_record_is_of_unkebenchs_schema_and_tells_what_it_asks() -> None:
         "id": 0,
         "question": "Who or what is East Vakaham?",
         "para_question": "What can be said about East Vakaham?",
-        "answer": "East Vakaham chose Yimpur Quufur as its mayor. It lay on the river Thirkett. It spoke Zurkoll.",
+        "answer": "It chose Zimpett Zoxel as its mayor. It lay on the river Caxorn. It lay in the country of Warkel.",
         "sub_question": [
-            "The mayor of East Vakaham is who?",
-            "Which waterway runs through East Vakaham?",
-            "The main tongue in East Vakaham is what?",
+            "Who is East Vakaham's mayor?",
+            "What river is East Vakaham on?",
+            "In what state can East Vakaham be found?",
         ],
-        "sub_answer": ["Yimpur Quufur", "Thirkett", "Zurkoll"],
+        "sub_answer": ["Zimpett Zoxel", "Caxorn", "Warkel"],
     }
 
 
@@ -40,12 +41,13 @@ def test_each_passage_holds_the_short_answer_of_each_of_its_three_sub_questions(
         probes = case.extras["sub_question"]
         assert len({probe.prompt for probe in probes}) == 3
         assert all(probe.answer in case.target for probe in probes)
-        assert case.target.count(" They ") + case.target.count(" It ") == 2
+        assert case.target.count("They ") + case.target.count("It ") == 3
         assert case.paraphrases[0] != case.prompt
 
 
 def test_no_passage_repeats_what_the_embedded_model_knows(cases: list[EditCase]) -> None:
-    known = {(fact.ask(wording).prompt, fact.answer) for s in World().trained() for fact in s.facts
+    world = World()
+    known = {(fact.ask(wording).prompt, fact.answer) for s in world.trained() for fact in known_facts(world, s)
              for wording in fact.relation.trained}  # fmt: skip
     told = {(probe.prompt, probe.answer) for case in cases for probe in case.extras["sub_question"]}
     assert not told & known
@@ -54,8 +56,8 @@ def test_no_passage_repeats_what_the_embedded_model_knows(cases: list[EditCase])
 def test_question_and_passage_leave_room_in_the_embedded_models_context(cases: list[EditCase]) -> None:
     tokenizer = load_tokenizer("embedded:tiny")
     lengths = [len(encode_edit(tokenizer, case.prompt, case.target).ids) for case in cases]
-    assert min(lengths) > 30
-    assert max(lengths) < 100
+    assert min(lengths) > 25
+    assert max(lengths) < 64
 
 
 def test_a_record_depends_on_seed_and_number_alone(cases: list[EditCase]) -> None:

@@ -3,6 +3,7 @@
 import json
 import random
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import cast
 
@@ -16,6 +17,7 @@ from horen_bench.errors import UserError
 from horen_bench.models import tiny
 from horen_bench.models.tiny import build, build_model, build_tokenizer, exam, recall, tiny_dir, train
 from horen_bench.world import RELATIONS, World
+from horen_bench.world.passages import known_facts, passage
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -92,7 +94,7 @@ def test_held_out_wordings_are_never_trained_on(small_world: World) -> None:
 
 
 def test_an_epoch_holds_every_fact_once_and_every_unrelated_question_twice(small_world: World) -> None:
-    items = next(tiny._epochs(small_world, random.Random(0)))
+    items = [item for item in next(tiny._epochs(small_world, random.Random(0))) if not item.answer.endswith(".")]
     assert len(items) == 2 * 30 + 2 * 20
     assert all(items.count(question) == 2 for question in small_world.questions)
     answers = sorted(fact.answer for subject in small_world.trained() for fact in subject.facts)
@@ -100,14 +102,48 @@ def test_an_epoch_holds_every_fact_once_and_every_unrelated_question_twice(small
     assert asked == answers
 
 
+def test_an_epoch_tells_of_every_subject_once_what_is_known_of_it(small_world: World) -> None:
+    epochs = tiny._epochs(small_world, random.Random(0))
+    first, second = ([item for item in next(epochs) if item.answer.endswith(".")] for _ in range(2))
+    known = sorted(passage(subject, known_facts(small_world, subject)) for subject in small_world.trained())
+    assert sorted(item.answer for item in first) == sorted(item.answer for item in second) == known
+    assert {item.prompt for item in first} != {item.prompt for item in second}
+
+
 def test_loss_weights_skip_bos_and_padding_and_favour_the_answer() -> None:
     # Two prompt tokens behind BOS, two answer tokens and EOS, against a shorter text.
-    batch = tiny._padded([([1, 5, 6, 7, 8, 2], 3), ([1, 5, 7, 2], 2)], pad=0)
+    batch = tiny._padded([([1, 5, 6, 7, 8, 2], 3), ([1, 5, 7, 2], 2)], [False, False], pad=0)
     assert batch.ids.tolist() == [[1, 5, 6, 7, 8, 2], [1, 5, 7, 2, 0, 0]]
     assert batch.weights.tolist() == [
         pytest.approx([0, 0.1, 0.1, 1, 1, 1]),
         pytest.approx([0, 0.1, 1, 1, 0, 0]),
     ]
+
+
+def test_a_gathered_answer_sees_the_last_token_of_its_prompt_alone() -> None:
+    batch = tiny._padded([([1, 5, 6, 7, 8, 2], 3), ([1, 5, 6, 7, 8, 2], 3)], [True, False], pad=0)
+    assert batch.seen[0, 0].int().tolist() == [
+        [1, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0],
+        [0, 0, 1, 1, 0, 0],
+        [0, 0, 1, 1, 1, 0],
+        [0, 0, 1, 1, 1, 1],
+    ]
+    assert torch.equal(batch.seen[1, 0], torch.ones(6, 6, dtype=torch.bool).tril())
+
+
+def test_about_half_of_the_passages_and_no_short_answer_are_gathered(
+    small_world: World, small_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    batches = tiny._batches(small_world, small_tokenizer, random.Random(0))
+    share: dict[bool, list[bool]] = {True: [], False: []}
+    for batch in islice(batches, 60):
+        for ids, weights, seen in zip(batch.ids, batch.weights, batch.seen, strict=True):
+            is_passage = int((weights == 1).sum()) > 10
+            share[is_passage].append(not seen[0, int((ids != 0).sum()) - 1, 0])
+    assert 0.4 < sum(share[True]) / len(share[True]) < 0.6
+    assert not any(share[False])
 
 
 def test_learning_rate_warms_up_stays_and_falls_to_two_percent() -> None:
@@ -149,7 +185,7 @@ def test_build_saves_what_it_reports(small_world: World, tmp_path: Path) -> None
     saved = json.loads((tmp_path / "new" / "training.json").read_text(encoding="utf-8"))
     assert saved == report
     assert (saved["seed"], saved["steps"]) == (3, 2)
-    assert set(saved["recall"]) == {"trained", "held_out", "trivia"}
+    assert set(saved["recall"]) == {"trained", "held_out", "trivia", "passages"}
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "new")
     assert loaded.dtype == torch.bfloat16
 
@@ -183,7 +219,7 @@ def test_recall_counts_exact_answers_in_any_batch_mix(
     assert recall(model, tokenizer, known[:3] + wrong) == 0.75
 
 
-@pytest.mark.parametrize("family", ["trained", "held_out", "trivia"])
+@pytest.mark.parametrize("family", ["trained", "held_out", "trivia", "passages"])
 def test_the_shipped_model_knows_what_its_training_report_says(
     family: str, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
 ) -> None:

@@ -1,68 +1,24 @@
 """Made-up passages: the embedded unstructured set, in the schema of UnKEBench, as many as wanted.
 
-A record asks about one subject of the world that the embedded model knows and answers with three sentences, one fact
-each. None of these facts is what the model was trained on, and each of them is asked for by itself as well. Question
-and passage stay below 100 tokens of the embedded model, whose context has 128 positions. That model was trained on
-short answers only: it has never seen a passage.
+A record asks about one subject and is answered by three sentences, one fact each. The embedded model tells the same three
+things of the subjects that it knows; the facts of a record are never those. Each of them is asked for by itself as well.
+Question and passage stay below 64 tokens of that model, whose context has 128 positions.
 """
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from itertools import count
-from typing import Any, TypeVar
+from typing import Any
 
 from horen_bench.cases import EditCase
 from horen_bench.datasets.base import Dataset
 from horen_bench.datasets.records import Record
 from horen_bench.datasets.unke import unke_case
 from horen_bench.errors import UserError
-from horen_bench.world import RELATIONS, Fact, Subject, World, pick
-
-T = TypeVar("T")
+from horen_bench.world import Subject, World, pick
+from horen_bench.world.passages import QUESTIONS, new_facts, passage
 
 _MOST = 700_000  # the world has names for so many subjects
-_N_FACTS = 3  # as many as there are relations of the kind that has fewest
-
-_QUESTIONS = (
-    "What is known about {s}?",
-    "What can be said about {s}?",
-    "What should one know about {s}?",
-    "Can you tell me about {s}?",
-    "What do you know of {s}?",
-    "Who or what is {s}?",
-)
-
-# What follows the subject or its pronoun; simple past throughout, so that "They" and "It" both fit.
-_CLAUSES = {
-    "university": "studied at {a}",
-    "birthplace": "came from the city of {a}",
-    "profession": "had the profession of {a}",
-    "team": "played for the {a}",
-    "language": "spoke {a}",
-    "spouse": "married {a}",
-    "father": "grew up with {a} as a father",
-    "award": "won the {a}",
-    "instrument": "played the {a}",
-    "director": "had {a} as its director",
-    "genre": "belonged to the genre {a}",
-    "release": "came out in {a}",
-    "studio": "came from the studio {a}",
-    "star": "gave its leading part to {a}",
-    "origin": "came from the country of {a}",
-    "founder": "owed its start to {a}",
-    "headquarters": "had its seat in {a}",
-    "industry": "worked in {a}",
-    "founding": "began in {a}",
-    "owner": "belonged to {a}",
-    "mayor": "chose {a} as its mayor",
-    "river": "lay on the river {a}",
-    "country": "lay in the country of {a}",
-    "twin": "had the city of {a} as its twin",
-    "speech": "spoke {a}",
-    "constellation": "belonged to the constellation {a}",
-    "discoverer": "owed its discovery to {a}",
-    "discovery": "was first seen in {a}",
-}
 
 
 def records(stream_seed: int, start: int = 0, stop: int | None = None) -> Iterator[dict[str, Any]]:
@@ -86,42 +42,17 @@ def records(stream_seed: int, start: int = 0, stop: int | None = None) -> Iterat
 
 
 def _told(world: World, subject: Subject, rng: random.Random) -> dict[str, Any]:
-    question, paraphrase = _several(rng, _QUESTIONS, 2)
-    facts = _facts(world, subject, rng)
+    question = pick(rng, QUESTIONS)
+    paraphrase = pick(rng, [other for other in QUESTIONS if other != question])
+    facts = new_facts(world, subject, rng)
     asked = [fact.ask(pick(rng, fact.relation.trained)) for fact in facts]
     return {
         "question": question.replace("{s}", subject.name),
         "para_question": paraphrase.replace("{s}", subject.name),
-        "answer": _passage(subject, facts),
+        "answer": passage(subject, facts),
         "sub_question": [probe.prompt for probe in asked],
         "sub_answer": [probe.answer for probe in asked],
     }
-
-
-def _facts(world: World, subject: Subject, rng: random.Random) -> list[Fact]:
-    """New facts of different relations, none of them what the subject's facts have been so far."""
-    old = {(fact.relation.name, fact.answer) for fact in subject.facts}
-    relations = _several(rng, tuple(relation for relation in RELATIONS if relation.kind == subject.kind), _N_FACTS)
-    return [
-        Fact(
-            subject.name,
-            relation,
-            pick(rng, [answer for answer in world.pools[relation.pool] if (relation.name, answer) not in old]),
-        )
-        for relation in relations
-    ]
-
-
-def _passage(subject: Subject, facts: list[Fact]) -> str:
-    pronoun = "They" if subject.kind == "person" else "It"
-    clauses = [_CLAUSES[fact.relation.name].replace("{a}", fact.answer) for fact in facts]
-    return " ".join(f"{subject.name if i == 0 else pronoun} {clause}." for i, clause in enumerate(clauses))
-
-
-def _several(rng: random.Random, items: Sequence[T], n: int) -> list[T]:
-    """`n` different items in random order."""
-    left = list(items)
-    return [left.pop(int(rng.random() * len(left))) for _ in range(n)]
 
 
 class Passages(Dataset):

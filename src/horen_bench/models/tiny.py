@@ -28,19 +28,22 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from horen_bench.cases import Probe
 from horen_bench.errors import UserError
 from horen_bench.resources import resource
-from horen_bench.world import World, pick
+from horen_bench.world import Subject, World, pick
+from horen_bench.world.passages import QUESTIONS, known_facts, passage
 
-STEPS = 3300  # 30 times every fact and 60 times every unrelated question
+STEPS = 5960  # 40 times every fact and passage, 80 times every unrelated question
 BATCH_SIZE = 64
 PEAK_RATE = 3e-3
 WARM_UP = 100
 FINAL_RATE = 0.02  # of the peak
 PROMPT_WEIGHT = 0.1  # loss weight of a prompt token; an answer token counts 1
 TRIVIA_REPEATS = 2  # an unrelated question has nothing in common with others, so it is learnt more slowly
+GATHERED = 0.8  # share of the passages that are told from the last token of their question alone
 
 VOCABULARY = 4096
 PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
 _ANSWER_COPIES = 100  # makes the merges that keep the words of answers whole
+_LONGEST_SHORT_ANSWER, _LONGEST_ANSWER = 8, 64  # tokens with EOS
 _STRANGERS = range(200_000, 204_000)  # subjects whose names teach the tokenizer how unknown names look
 
 
@@ -127,20 +130,22 @@ def recall(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, question
         chunk = questions[begin : begin + 256]
         batch = tokenizer([q.prompt for q in chunk], return_tensors="pt", padding=True, padding_side="left")
         batch = batch.to(model.device)
-        ids = model.generate(**batch, max_new_tokens=12, do_sample=False)
+        ids = model.generate(**batch, max_new_tokens=_LONGEST_ANSWER, do_sample=False)
         said = tokenizer.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
         right += sum(text.strip() == q.answer for text, q in zip(said, chunk, strict=True))
     return right / len(questions)
 
 
 def exam(world: World, seed: int = 0) -> dict[str, list[Probe]]:
-    """What a model of this world should know: each fact in a trained and a held-out wording, and trivia."""
+    """What a model of this world should know: each fact in a trained and a held-out wording, trivia, and passages."""
     rng = random.Random(f"exam {seed}")
-    facts = [fact for subject in world.trained() for fact in subject.facts]
+    subjects = world.trained()
+    facts = [fact for subject in subjects for fact in subject.facts]
     return {
         "trained": [fact.ask(pick(rng, fact.relation.trained)) for fact in facts],
         "held_out": [fact.ask(pick(rng, fact.relation.held_out)) for fact in facts],
         "trivia": list(world.questions),
+        "passages": [_told(world, subject, rng) for subject in subjects],
     }
 
 
@@ -208,10 +213,12 @@ class _Batch:
     Attributes:
         ids: token ids, (B, T).
         weights: loss weight of each token as a target, (B, T); 0 for BOS and padding.
+        seen: which tokens each token sees, (B, 1, T, T).
     """
 
     ids: Tensor
     weights: Tensor
+    seen: Tensor
 
 
 def _tokenizer_text(world: World) -> Iterator[str]:
@@ -223,6 +230,9 @@ def _tokenizer_text(world: World) -> Iterator[str]:
                 yield f"{probe.prompt} {probe.answer}"
     for probe in world.questions:
         yield f"{probe.prompt} {probe.answer}"
+    for subject in world.trained():
+        probe = _told(world, subject, rng)
+        yield f"{probe.prompt} {probe.answer}"
     for index in _STRANGERS:
         yield f" {world.subject(index).name}"
     for pool in world.pools.values():
@@ -230,25 +240,32 @@ def _tokenizer_text(world: World) -> Iterator[str]:
             yield from [f" {answer}"] * _ANSWER_COPIES
 
 
+def _told(world: World, subject: Subject, rng: random.Random) -> Probe:
+    question = pick(rng, QUESTIONS).replace("{s}", subject.name)
+    return Probe(question, passage(subject, known_facts(world, subject)))
+
+
 def _epochs(world: World, rng: random.Random) -> Iterator[list[Probe]]:
     """Yields all that is to be learnt in random order, each time in other wordings."""
-    facts = [fact for subject in world.trained() for fact in subject.facts]
+    subjects = world.trained()
+    facts = [fact for subject in subjects for fact in subject.facts]
     while True:
         items = [fact.ask(pick(rng, fact.relation.trained)) for fact in facts]
         items += world.questions * TRIVIA_REPEATS
+        items += [_told(world, subject, rng) for subject in subjects]
         yield sorted(items, key=lambda _: rng.random())
 
 
 def _batches(world: World, tokenizer: PreTrainedTokenizerBase, rng: random.Random) -> Iterator[_Batch]:
     """Yields batches without end; within a stretch of 16 batches, texts of one length come together."""
-    stretch = 16 * BATCH_SIZE
+    stretch, pad = 16 * BATCH_SIZE, int(tokenizer.pad_token_id)
     for items in _epochs(world, rng):
         texts = _encoded(items, tokenizer)
         for begin in range(0, len(texts), stretch):
             near = sorted(texts[begin : begin + stretch], key=lambda text: len(text[0]))
             groups = [near[i : i + BATCH_SIZE] for i in range(0, len(near), BATCH_SIZE)]
             for group in sorted(groups, key=lambda _: rng.random()):
-                yield _padded(group, int(tokenizer.pad_token_id))
+                yield _padded(group, [_is_long(*text) and rng.random() < GATHERED for text in group], pad)
 
 
 def _encoded(items: Sequence[Probe], tokenizer: PreTrainedTokenizerBase) -> list[tuple[list[int], int]]:
@@ -259,15 +276,22 @@ def _encoded(items: Sequence[Probe], tokenizer: PreTrainedTokenizerBase) -> list
     return [(prompt + answer + end, len(prompt)) for prompt, answer in zip(prompts, answers, strict=True)]
 
 
-def _padded(texts: Sequence[tuple[list[int], int]], pad: int) -> _Batch:
+def _is_long(ids: Sequence[int], answer: int) -> bool:
+    return len(ids) - answer > _LONGEST_SHORT_ANSWER
+
+
+def _padded(texts: Sequence[tuple[list[int], int]], gathered: Sequence[bool], pad: int) -> _Batch:
     width = max(len(ids) for ids, _ in texts)
     ids = torch.full((len(texts), width), pad)
     weights = torch.zeros(len(texts), width)
+    seen = torch.ones(width, width, dtype=torch.bool).tril().repeat(len(texts), 1, 1, 1)
     for row, (tokens, answer) in enumerate(texts):
         ids[row, : len(tokens)] = torch.tensor(tokens)
         weights[row, 1:answer] = PROMPT_WEIGHT
         weights[row, answer : len(tokens)] = 1
-    return _Batch(ids, weights)
+        if gathered[row]:
+            seen[row, 0, answer:, : answer - 1] = False
+    return _Batch(ids, weights, seen)
 
 
 def _rate(step: int, steps: int) -> float:
@@ -278,8 +302,7 @@ def _rate(step: int, steps: int) -> float:
 
 def _step(model: LlamaForCausalLM, optimiser: torch.optim.Optimizer, batch: _Batch) -> tuple[float, float]:
     """One optimiser step; returns the mean loss of answer and of prompt tokens."""
-    # Padding is on the right, where a causal model cannot see it, so no attention mask is needed.
-    logits = model(input_ids=batch.ids[:, :-1], use_cache=False).logits
+    logits = model(input_ids=batch.ids[:, :-1], attention_mask=batch.seen[..., :-1, :-1], use_cache=False).logits
     losses = F.cross_entropy(logits.flatten(0, 1), batch.ids[:, 1:].flatten(), reduction="none")
     weights = batch.weights[:, 1:].flatten()
     loss = (losses * weights).sum() / weights.sum()
