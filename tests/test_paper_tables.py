@@ -97,13 +97,15 @@ def test_the_text_tables_columns_of_unknown_n_are_set_beside_ours_in_order(tmp_p
         "rel_bleu1_bp": 0.2,
         "rel_bleu1_bp_low": 0.1,
         "rel_bleu1_bp_high": 0.3,
+        "rel_bleu1_bp_base": 0.15,
     }
     rows = pd.DataFrame([row(method, n, **text) for n in (50, 200, 500) for method in ("UnKE", "HoReN")])
     told = lines(write_table("table7", rows, tmp_path))
     assert told[0][4:] == [f"N = {n}, {method}" for n in (50, 200, 500) for method in ("UnKE", "HoReN")]
     assert told[2][2:] == ["Original, BLEU ↑", "ours", *["0.200"] * 6]
-    assert told[4][2:] == ["", "paper", "0.191", "0.143", "0.202", "0.126", "0.098", "0.117"]
-    assert told[5][2:5] == ["", "difference", "+0.009"]
+    assert told[4][2:] == ["", "unedited", *["0.150"] * 6]
+    assert told[5][2:] == ["", "paper", "0.191", "0.143", "0.202", "0.126", "0.098", "0.117"]
+    assert told[6][2:5] == ["", "difference", "+0.009"]
     cosine = next(i for i, line in enumerate(told) if line[2] == "Original, MiniLM cosine ↑")
     assert told[cosine + 1][3:5] == ["paper", "0.713"]  # what the paper calls BERTScore
     assert ["Paraphrase, ROUGE-L ↑", "ours", *["--"] * 6] in [line[2:] for line in told]

@@ -41,6 +41,7 @@ class Layout:
         metrics: columns of the rows, and their heads with an arrow towards better.
         down: long-frame columns that tell its lines apart.
         across: those that tell its columns apart.
+        unedited: whether the unedited model's scores stand there as well.
         remark: what its reader must know.
     """
 
@@ -48,6 +49,7 @@ class Layout:
     metrics: Mapping[str, str] = field(default_factory=lambda: _SCORES)
     down: tuple[str, ...] = ("dataset", "model", "method")
     across: tuple[str, ...] = ("N", "score")
+    unedited: bool = False
     remark: str = ""
 
 
@@ -75,6 +77,7 @@ LAYOUTS = {
         _TEXT,
         down=("dataset", "model", "score"),
         across=("N", "method"),
+        unedited=True,
         remark="Passages, made up for the embedded model, stand in for UnKE. The paper's three N are lost: its columns "
         "are set beside ours in their order. It names no backbone. Its BERTScore is the release's cosine of MiniLM "
         "embeddings and stands beside ours; nothing is published of BERTScore proper.",
@@ -94,7 +97,7 @@ LAYOUTS = {
 }
 
 _KEYS = ("dataset", "model", "method", "N", "metric")  # what makes a number of ours and one of the paper the same
-_LINES = ("ours", "95 %", "paper", "difference")
+_LINES = ("ours", "95 %", "unedited", "paper", "difference")
 
 
 # --- The long frame ----------------------------------------------------------------------------------------
@@ -113,7 +116,7 @@ def published(table: str) -> pd.DataFrame:
 
 
 def compared(rows: pd.DataFrame, paper: pd.DataFrame, metrics: Mapping[str, str]) -> pd.DataFrame:
-    """One row per cell, N, protocol and score: ours, its interval, the paper's, and ours minus the paper's.
+    """One row per cell, N, protocol and score: ours, its interval, the unedited model's, the paper's, ours minus that.
 
     Args:
         rows: what `experiments.collect` gives.
@@ -148,6 +151,7 @@ def _number(row: Mapping[Any, Any], name: str, head: str) -> dict[str, Any]:
         "ours": row.get(name, float("nan")),
         "low": row.get(f"{name}_low", float("nan")),
         "high": row.get(f"{name}_high", float("nan")),
+        "unedited": row.get(f"{name}_base", float("nan")),
         "seed": row["seed"],
         "items": row.get(f"{name}_items", row.get("items", float("nan"))),
         **{part: row[part] for part in ("status", "reason", "command", "run_dir")},
@@ -225,11 +229,13 @@ def laid_out(long: pd.DataFrame, layout: Layout) -> pd.DataFrame:
         {
             "ours": long["ours"].map(_three),
             "95 %": [_interval(low, high) for low, high in zip(long["low"], long["high"], strict=True)],
+            "unedited": long["unedited"].map(_three),
             "paper": long["paper"],
             "difference": long["difference"].map(lambda value: None if pd.isna(value) else f"{value:+.3f}"),
         }
     )
-    tall = pd.concat([long.assign(line=line, text=text[line]) for line in _LINES])
+    lines = [line for line in _LINES if layout.unedited or line != "unedited"]
+    tall = pd.concat([long.assign(line=line, text=text[line]) for line in lines])
     down, across = [*layout.down, "line"], list(layout.across)
     for name in {*down, *across} - {"N"}:  # in the order of the grid, not of the alphabet
         tall[name] = _as_met(tall[name])
@@ -251,10 +257,11 @@ def caption(name: str, long: pd.DataFrame) -> str:
     layout, there = LAYOUTS[name], long[long["status"] == "finished"]
     items = ", ".join(f"{int(part['items'].max()):,} at N = {n:,}" for n, part in there.groupby("N"))
     asked = f"cases questioned: {items}; seed {_listed(there['seed'])}" if len(there) else "nothing of ours yet"
-    interval = "its 95 % bootstrap interval over cases, " if there["low"].notna().any() else ""
+    below = "its 95 % bootstrap interval over cases, " if there["low"].notna().any() else ""
+    below += "the unedited model's, " if layout.unedited else ""
     return (
         f"Table {name.removeprefix('table')}. {layout.title}. Protocol {long['protocol'].iloc[0]}; {asked}. Below a "
-        f"number of ours {interval}the paper's, and ours minus the paper's; {MISSING} is missing. {layout.remark}"
+        f"number of ours {below}the paper's, and ours minus the paper's; {MISSING} is missing. {layout.remark}"
     ).strip()
 
 
@@ -307,7 +314,7 @@ def write_table(name: str, rows: pd.DataFrame, folder: Path) -> str:
         same = rows[rows["protocol"] == part["protocol"].iloc[0]]
         said = [*absences(part), *remarks(same, layout.metrics)]
         tables.append((caption(name, part), laid_out(part, layout), said))
-    return _written(name, long, tables, folder)
+    return _written(name, long if layout.unedited else long.drop(columns="unedited"), tables, folder)
 
 
 def _written(
@@ -396,7 +403,8 @@ def _as_met(values: "pd.Series[Any]") -> pd.Categorical:
 
 def write_audit(rows: pd.DataFrame, folder: Path) -> str:
     """The same edits under three protocols: each score, and how far the other two are from `greedy`."""
-    long = compared(rows, pd.DataFrame(columns=["dataset", "metric", "paper"]), _SCORES).drop(columns="paper")
+    nothing = pd.DataFrame(columns=["dataset", "metric", "paper"])
+    long = compared(rows, nothing, _SCORES).drop(columns=["unedited", "paper"])
     missing = absences(long)
     run = long[long["status"] == "finished"]["model"].unique()
     long = long[long["model"].isin(run)].copy()  # whole backbones that were not run are in the notes alone

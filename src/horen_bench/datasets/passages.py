@@ -1,8 +1,8 @@
 """Made-up passages: the embedded unstructured set, in the schema of UnKEBench, as many as wanted.
 
-A record asks about one subject and is answered by three sentences, one fact each. The embedded model tells the same three
-things of the subjects that it knows; the facts of a record are never those. Each of them is asked for by itself as well.
-Question and passage stay below 64 tokens of that model, whose context has 128 positions.
+A record asks about one subject and is answered by three sentences, one fact each. The embedded model tells the same
+three things of the subjects that it knows; the facts of a record are never those. Each of them is asked for by itself
+as well. Question and passage stay below 64 tokens of that model, whose context has 128 positions.
 """
 
 import random

@@ -14,8 +14,8 @@ QUESTIONS = (
     "Who or what is {s}?",
 )
 
-# Of each kind of subject, the relations that are told, in this order. A network as small as the embedded one can be made
-# to tell other answers; it cannot be made to tell of other relations as well.
+# Of each kind of subject, the relations that are told, in this order. A network as small as the embedded one can be
+# edited to tell other answers, but hardly to tell of other relations.
 _SENTENCES = {
     "person": {
         "birthplace": "They came from the city of {a}.",
