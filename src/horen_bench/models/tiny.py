@@ -38,7 +38,7 @@ WARM_UP = 100
 FINAL_RATE = 0.02  # of the peak
 PROMPT_WEIGHT = 0.1  # loss weight of a prompt token; an answer token counts 1
 TRIVIA_REPEATS = 2  # an unrelated question has nothing in common with others, so it is learnt more slowly
-GATHERED = 0.8  # share of the passages that are told from the last token of their question alone
+GATHERED = 0.8  # share of the passages that are told from the last token of their question alone, where edits write
 
 VOCABULARY = 4096
 PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
