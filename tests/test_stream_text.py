@@ -19,13 +19,13 @@ from horen_bench.store import RunStore
 from horen_bench.stream import run
 from horen_bench.tables import checkpoint_tables, notes
 
+WITHOUT_MODELS = ("checkpoints=[]", "text.minilm=null", "text.bert_score=null", "device=cpu")
 SCORES = ("bleu1_bp", "rouge1_recall", "rougeL_recall", "sacrebleu", "rouge_score_rougeL_f1", "length")
 
 
 def config(results: Path, *overrides: str) -> dict[str, Any]:
     """HoReN on three passages, without the scores that need a model."""
-    few = ("n=3", "checkpoints=[]", "text.minilm=null", "text.bert_score=null", "device=cpu")
-    values = resolved(composed([f"results_dir={results}", "dataset=passages", *few, *overrides]))
+    values = resolved(composed([f"results_dir={results}", "dataset=passages", "n=3", *WITHOUT_MODELS, *overrides]))
     return values | {"method": values["method"] | {"n_steps": 3}} if values["method"]["name"] == "horen" else values
 
 
@@ -53,6 +53,17 @@ def test_a_text_row_has_every_score_of_every_family_and_none_of_the_short_ones(b
     short = both.checkpoints().query("protocol == 'greedy'")
     assert short["rel"].notna().all()
     assert short["rel_length"].isna().all()
+
+
+@pytest.mark.parametrize(("method", "n"), [("horen", 20), ("unke", 1)])  # what UnKE writes, its next edits undo
+def test_the_embedded_model_can_be_edited_to_tell_passages(method: str, n: int, tmp_path: Path) -> None:
+    """Beyond the text's form, which it knows."""
+    overrides = (f"results_dir={tmp_path}", "dataset=passages", f"method={method}", f"n={n}", *WITHOUT_MODELS)
+    values = resolved(composed(overrides))
+    row = stored(values).checkpoints().iloc[0]
+    assert 0.6 < row["rel_rougeL_recall_base"] < 0.85
+    assert row["rel_rougeL_recall"] > row["rel_rougeL_recall_base"] + 0.05
+    assert row["gen_rougeL_recall"] > row["gen_rougeL_recall_base"] + 0.05
 
 
 def test_a_records_text_and_scores_are_kept(both: RunStore) -> None:
