@@ -213,7 +213,8 @@ class _Batch:
     Attributes:
         ids: token ids, (B, T).
         weights: loss weight of each token as a target, (B, T); 0 for BOS and padding.
-        seen: which tokens each token sees, (B, 1, T, T).
+        seen: which tokens each token sees, (B, 1, T, T): all up to itself; the answer of a gathered text sees of the
+            prompt the last token alone.
     """
 
     ids: Tensor

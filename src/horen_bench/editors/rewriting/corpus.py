@@ -3,8 +3,8 @@
     python -m horen_bench.editors.rewriting.corpus --out data/tiny/corpus.txt
     python -m horen_bench.editors.rewriting.corpus --other-world --out data/tiny/preservation.txt
 
-write the embedded model's: what it was trained on, and as UnKE's Alpaca, sentences of a world that no edit and no
-question is about; one sentence a line.
+write the embedded model's: facts and questions that it was trained on, and as UnKE's Alpaca, sentences of a world that
+no edit and no question is about; one sentence a line.
 """
 
 import argparse
