@@ -58,7 +58,7 @@ format: setup  ## put the code into the form that check wants
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-tiny: setup  ## train the embedded model again, into results/tiny (about 12 minutes)
+tiny: setup  ## train the embedded model again, into results/tiny (about 18 minutes)
 	$(BIN)/python -m horen_bench.models.tiny --seed 0 --out results/tiny
 
 clean:

@@ -184,7 +184,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m horen_bench.models.tiny",
-        description="Train the embedded model from nothing and save it (about 12 minutes on one CPU core).",
+        description="Train the embedded model from nothing and save it (about 18 minutes on one CPU core).",
     )
     parser.add_argument("--seed", type=int, default=0, help="what the training is drawn from (default: 0)")
     parser.add_argument("--out", type=Path, required=True, help="folder to write; it must be new or empty")
