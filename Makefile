@@ -38,18 +38,18 @@ check: setup  ## what CI runs: lint, format, types, tests
 stress: setup  ## 50,000 edits into the embedded model, questioned every 5,000 on a sample of 2,000 cases; draws the curves
 	$(BIN)/python -m horen_bench n=50000 eval_cases=2000 results_dir=results/stress \
 		checkpoints=[5000,10000,15000,20000,25000,30000,35000,40000,45000]
-	$(BIN)/python -m horen_bench.figures results/stress/runs/* --out results/figures/stress
+	$(BIN)/python -m horen_bench.results.plots results/stress/runs/* --out results/figures/stress
 
 # SUITE=tiny (embedded; the default without weights) or paper; MODELS=qwen25_7b fetches and runs that backbone alone;
 # JOBS=2 does two runs side by side. What is stored is not run again.
 $(TABLES): setup  ## a table of the paper: runs what is missing, prints it, writes it to results/tables
-	$(BIN)/python -m horen_bench.experiments $@ $(GRID)
+	$(BIN)/python -m horen_bench.paper.experiments $@ $(GRID)
 
 figures $(FIGURES): setup  ## a figure of the paper, or all: runs what is missing, draws it into results/figures
-	$(BIN)/python -m horen_bench.draw $@ $(GRID)
+	$(BIN)/python -m horen_bench.paper.figures $@ $(GRID)
 
 paper: setup  ## every table and figure
-	$(BIN)/python -m horen_bench.experiments paper $(GRID); status=$$?; $(MAKE) figures && exit $$status
+	$(BIN)/python -m horen_bench.paper.experiments paper $(GRID); status=$$?; $(MAKE) figures && exit $$status
 
 report: setup  ## one page about all stored runs, results/report.html; ARGS="results results/stress" takes several folders
 	$(BIN)/python -m horen_bench.report $(ARGS)
@@ -59,7 +59,7 @@ format: setup  ## put the code into the form that check wants
 	$(BIN)/ruff format
 
 tiny: setup  ## train the embedded model again, into results/tiny (about 18 minutes)
-	$(BIN)/python -m horen_bench.models.tiny --seed 0 --out results/tiny
+	$(BIN)/python -m horen_bench.world.training --seed 0 --out results/tiny
 
 clean:
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist

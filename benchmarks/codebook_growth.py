@@ -14,8 +14,8 @@ from common import cases, horen, model_and_tokenizer, what_ran
 from rich.console import Console
 from rich.table import Table
 
-from horen_bench.editors.horen import HorenEditor
-from horen_bench.measurement import Stopwatch, peak_memory
+from horen_bench.editors.horen.editor import HorenEditor
+from horen_bench.profiling import Stopwatch, peak_memory
 
 
 def fill(editor: HorenEditor, size: int) -> None:

@@ -12,10 +12,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 from horen_bench.cases import EditCase
 from horen_bench.datasets.facts import Facts
 from horen_bench.editors.base import Editor
-from horen_bench.editors.horen import HorenEditor
-from horen_bench.measurement import Stopwatch
+from horen_bench.editors.horen.editor import HorenEditor
 from horen_bench.models.loading import load_model, load_tokenizer
-from horen_bench.resources import resource
+from horen_bench.paths import resource
+from horen_bench.profiling import Stopwatch
 
 
 def model_and_tokenizer(name: str, device: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from horen_bench.cases import EditCase
-from horen_bench.measurement import peak_memory
+from horen_bench.profiling import peak_memory
 
 
 def milliseconds(model_name: str, pair: tuple, engine: str, edits: list[EditCase], stop: bool) -> float:  # type: ignore[type-arg]

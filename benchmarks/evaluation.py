@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from horen_bench.evaluation import Examiner, protocol_of, questions_about
-from horen_bench.measurement import Stopwatch, peak_memory
+from horen_bench.profiling import Stopwatch, peak_memory
 
 
 def main() -> None:

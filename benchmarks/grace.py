@@ -16,9 +16,9 @@ from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from horen_bench.cases import EditCase
-from horen_bench.configuration import composed
-from horen_bench.measurement import peak_memory
-from horen_bench.settings import build_editor, resolved
+from horen_bench.config.compose import composed
+from horen_bench.config.settings import build_editor, resolved
+from horen_bench.profiling import peak_memory
 
 
 def milliseconds(

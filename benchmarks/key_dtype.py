@@ -14,7 +14,7 @@ from common import cases, horen, model_and_tokenizer, what_ran
 from rich.console import Console
 from rich.table import Table
 
-from horen_bench.editors.memory.codebook import Codebook
+from horen_bench.editors.codebook.entries import Codebook
 from horen_bench.evaluation import questions_about
 from horen_bench.prompts import encode_prompts
 

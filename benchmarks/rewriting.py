@@ -15,8 +15,8 @@ from common import cases, model_and_tokenizer, what_ran
 from rich.console import Console
 from rich.table import Table
 
-from horen_bench.configuration import build, composed
-from horen_bench.settings import resolved
+from horen_bench.config.compose import build, composed
+from horen_bench.config.settings import resolved
 
 
 def milliseconds_per_edit(method: str, engine: str, n_edits: int) -> float:

@@ -18,11 +18,11 @@ from rich.table import Table
 from torch import Tensor
 
 from horen_bench.cases import EditCase
-from horen_bench.configuration import composed
-from horen_bench.editors import ultraedit
-from horen_bench.editors.ultraedit import Features, RowStatistics, Shift, UltraEditEditor
-from horen_bench.measurement import Stopwatch, peak_memory
-from horen_bench.settings import build_editor
+from horen_bench.config.compose import composed
+from horen_bench.config.settings import build_editor
+from horen_bench.editors.ultraedit import editor as ultraedit
+from horen_bench.editors.ultraedit.editor import Features, RowStatistics, Shift, UltraEditEditor
+from horen_bench.profiling import Stopwatch, peak_memory
 
 
 def plain_form(features: Features, statistics: RowStatistics, learning_rate: float) -> Shift:

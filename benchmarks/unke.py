@@ -19,10 +19,10 @@ from rich.console import Console
 from rich.table import Table
 
 from horen_bench.cases import EditCase
-from horen_bench.configuration import composed
+from horen_bench.config.compose import composed
+from horen_bench.config.settings import build_editor
 from horen_bench.editors.unke import UnkeEditor
-from horen_bench.measurement import peak_memory
-from horen_bench.settings import build_editor
+from horen_bench.profiling import peak_memory
 
 STAGES = {"_target_vectors": "value", "lessons": "states", "_train": "block"}
 

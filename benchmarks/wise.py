@@ -19,10 +19,10 @@ from rich.table import Table
 from torch import Tensor
 
 from horen_bench.cases import EditCase
-from horen_bench.configuration import composed
+from horen_bench.config.compose import composed
+from horen_bench.config.settings import build_editor, resolved
 from horen_bench.editors.wise import WiseEditor
-from horen_bench.measurement import Stopwatch, peak_memory
-from horen_bench.settings import build_editor, resolved
+from horen_bench.profiling import Stopwatch, peak_memory
 
 _PUBLISHED = 3327  # ms per edit of the published code on a prototype of the embedded model, one CPU thread
 

@@ -13,7 +13,7 @@ import pytest
 
 from horen_bench.__main__ import main
 from horen_bench.datasets.facts import records, to_json
-from horen_bench.resources import resource
+from horen_bench.paths import resource
 
 QUICK = ["method.n_steps=2", "device=cpu"]
 

@@ -46,7 +46,7 @@ def test_the_wheel_holds_every_module_and_nothing_of_the_checkout_beside_it(unpa
 def test_the_unpacked_wheel_finds_its_own_files_and_runs(unpacked: Path, tmp_path: Path) -> None:
     """Without the checkout: the package is taken from the wheel, and so are its configuration and model."""
     script = (
-        "import sys, horen_bench.resources as r; print(r.__file__); print(r.resource('conf')); "
+        "import sys, horen_bench.paths as r; print(r.__file__); print(r.resource('conf')); "
         "print(r.resource('data')); from horen_bench.__main__ import main; "
         "sys.argv[1:] = ['n=2', 'checkpoints=[]', 'method.n_steps=2', 'results_dir=out']; main()"
     )

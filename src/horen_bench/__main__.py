@@ -8,12 +8,12 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from rich.console import Console
 
-from horen_bench.configuration import plain_words
+from horen_bench.config.compose import plain_words
+from horen_bench.config.settings import resolved
 from horen_bench.errors import UserError
-from horen_bench.resources import resource
-from horen_bench.settings import resolved
-from horen_bench.stream import RunResult, run
-from horen_bench.tables import checkpoint_tables, notes
+from horen_bench.paths import resource
+from horen_bench.results.console import checkpoint_tables, notes
+from horen_bench.runner import RunResult, run
 
 _ERROR, _INTERRUPTED = 2, 130
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from horen_bench.cases import EditCase
-from horen_bench.configuration import build
+from horen_bench.config.compose import build
 from horen_bench.datasets.akew import Akew
 from horen_bench.datasets.base import (
     Dataset,

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from horen_bench.datasets import __main__ as command
 from horen_bench.datasets import sources
 from horen_bench.datasets.sources import Source
-from horen_bench.resources import resource
+from horen_bench.paths import resource
 
 Run = Callable[..., tuple[int, str, str]]
 

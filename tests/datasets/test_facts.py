@@ -8,7 +8,7 @@ from horen_bench.cases import EditCase
 from horen_bench.datasets import facts
 from horen_bench.datasets.facts import Facts
 from horen_bench.datasets.zsre import Zsre
-from horen_bench.resources import resource
+from horen_bench.paths import resource
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ import pytest
 
 import horen_bench
 from horen_bench.datasets.facts import records, to_json
-from horen_bench.resources import resource
+from horen_bench.paths import resource
 from horen_bench.world import RELATIONS, Fact, World
 
 SOURCES = Path(horen_bench.__file__).parents[1]

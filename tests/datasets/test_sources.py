@@ -17,10 +17,10 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from horen_bench.configuration import build
+from horen_bench.config.compose import build
 from horen_bench.datasets import sources
 from horen_bench.datasets.sources import Source, fetch, manifest
-from horen_bench.resources import resource
+from horen_bench.paths import resource
 
 Refusal = Callable[[Callable[[], object]], str]
 

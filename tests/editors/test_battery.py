@@ -17,16 +17,16 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from horen_bench.cases import EditCase
-from horen_bench.configuration import build as build_configured
-from horen_bench.configuration import composed
+from horen_bench.config.compose import build as build_configured
+from horen_bench.config.compose import composed
+from horen_bench.config.settings import resolved
 from horen_bench.editors.base import Editor
-from horen_bench.editors.ft import FineTuningEditor
-from horen_bench.editors.horen import HorenEditor
-from horen_bench.editors.repair import RepairEditor
-from horen_bench.editors.ultraedit import UltraEditEditor
+from horen_bench.editors.ft.editor import FineTuningEditor
+from horen_bench.editors.horen.editor import HorenEditor
+from horen_bench.editors.ultraedit.editor import UltraEditEditor
 from horen_bench.editors.wise import WiseEditor
+from horen_bench.editors.wise.repair import RepairEditor
 from horen_bench.prompts import encode_prompts, pad
-from horen_bench.settings import resolved
 
 Factory = Callable[[PreTrainedModel, PreTrainedTokenizerBase], Editor]
 DOWN_PROJ = "model.layers.2.mlp.down_proj"

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from horen_bench.cases import EditCase
 from horen_bench.editors.base import EditRecord
-from horen_bench.editors.horen import HorenEditor
+from horen_bench.editors.horen.editor import HorenEditor
 from horen_bench.evaluation import greedy_decode
 from horen_bench.prompts import encode_prompts
 
@@ -196,7 +196,7 @@ def test_no_score_matrix_outgrows_the_block(
     assert len(editor.codebook) > 100
     prompts = [f"Who wrote book number {i}?" for i in range(0, 200, 17)]
     expected = editor.routes(prompts)
-    monkeypatch.setattr("horen_bench.editors.memory.editor._MOST_SCORES", 2 * len(editor.codebook))
+    monkeypatch.setattr("horen_bench.editors.codebook.editor._MOST_SCORES", 2 * len(editor.codebook))
     seen: list[int] = []
     match = editor.match
 

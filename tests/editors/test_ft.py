@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from horen_bench.cases import EditCase
-from horen_bench.editors.ft import FineTuningEditor, Lesson, UpperModel
+from horen_bench.editors.ft.editor import FineTuningEditor, Lesson, UpperModel
 from horen_bench.errors import UserError
 
 MODULE = "model.layers.2.mlp.down_proj"

@@ -16,11 +16,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from horen_bench.cases import EditCase
-from horen_bench.configuration import composed
+from horen_bench.config.compose import composed
 from horen_bench.editors.base import EditRecord
-from horen_bench.editors.grace import GraceEditor, distances
-from horen_bench.editors.horen import HorenEditor
-from horen_bench.editors.memory.editor import Decision
+from horen_bench.editors.codebook.editor import Decision
+from horen_bench.editors.grace.editor import GraceEditor, distances
+from horen_bench.editors.horen.editor import HorenEditor
 from horen_bench.errors import UserError
 from horen_bench.evaluation import greedy_decode
 from horen_bench.prompts import EncodedEdit, announced_prompt, encode_edit, encode_prompts

@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from horen_bench.cases import EditCase
-from horen_bench.editors.horen import HorenEditor
-from horen_bench.editors.memory.training import edit_loss
+from horen_bench.editors.codebook.training import edit_loss
+from horen_bench.editors.horen.editor import HorenEditor
 from horen_bench.errors import UserError
 from horen_bench.prompts import announced_prompt, encode_edit, encode_prompts, pad
 
@@ -414,7 +414,7 @@ def test_a_loss_that_is_not_finite_is_reported_and_the_stream_goes_on(
 ) -> None:
     calls = iter(range(100))
     monkeypatch.setattr(
-        "horen_bench.editors.memory.editor.edit_loss",
+        "horen_bench.editors.codebook.editor.edit_loss",
         lambda *args: edit_loss(*args) * (math.nan if next(calls) == 2 else 1.0),
     )
     first, second = build().edit(CASES[:2])

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from horen_bench.cases import EditCase
-from horen_bench.editors.repair import (
+from horen_bench.editors.wise.repair import (
     RepairEditor,
     Sample,
     Shard,

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerBase
 
 from horen_bench.cases import EditCase
-from horen_bench.editors.ultraedit import Features, RowStatistics, Sample, Shift, UltraEditEditor, closed_form
+from horen_bench.editors.ultraedit.editor import Features, RowStatistics, Sample, Shift, UltraEditEditor, closed_form
 from horen_bench.errors import UserError
-from horen_bench.resources import resource
+from horen_bench.paths import resource
 
 MODULES = ["model.layers.1.mlp.gate_proj", "model.layers.2.mlp.up_proj"]
 CASES = [

@@ -26,8 +26,9 @@ from transformers import (
 )
 
 from horen_bench.cases import EditCase
-from horen_bench.configuration import composed
-from horen_bench.editors.rewriting.corpus import other_world_texts
+from horen_bench.config.compose import composed
+from horen_bench.config.settings import build_editor, resolved
+from horen_bench.editors.shared.corpora import other_world_texts
 from horen_bench.editors.unke import UnkeEditor
 from horen_bench.editors.unke.block import BlockTraining, mean_squared_error, optimizer, read_block
 from horen_bench.editors.unke.preservation import PreservedTexts, preserved_text
@@ -35,10 +36,9 @@ from horen_bench.editors.unke.values import Targets, ValueTraining, by_upper_lay
 from horen_bench.errors import UserError
 from horen_bench.evaluation import greedy_decode
 from horen_bench.models.architecture import skeleton
-from horen_bench.models.upper import UpperLayers
+from horen_bench.models.partial import UpperLayers
+from horen_bench.paths import resource
 from horen_bench.prompts import EncodedEdit, encode_edit, encode_prompts, pad, with_chat_template
-from horen_bench.resources import resource
-from horen_bench.settings import build_editor, resolved
 from horen_bench.world import World
 
 BLOCK = "model.layers.1"

@@ -15,7 +15,7 @@ from horen_bench.models.architecture import (
     n_decoder_layers,
     skeleton,
 )
-from horen_bench.resources import resource
+from horen_bench.paths import resource
 
 MODELS = {path.stem: path for path in sorted((resource("conf") / "model").glob("*.yaml"))}
 

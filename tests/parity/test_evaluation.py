@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from horen_bench.cases import EditCase, Probe
+from horen_bench.config.settings import build_editor, resolved
 from horen_bench.evaluation import Answer, Question, TokenExaminer, protocol_of, questions_about
-from horen_bench.resources import resource
-from horen_bench.settings import build_editor, resolved
+from horen_bench.paths import resource
 
 BASELINES = Path(__file__).parents[2] / "baselines"
 PUBLISHED_NAMES = {"rel": "rewrite", "gen": "rephrase", "loc": "locality"}

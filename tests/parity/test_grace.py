@@ -20,8 +20,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from horen_bench.cases import EditCase
 from horen_bench.editors.base import EditRecord
-from horen_bench.editors.grace import GraceEditor, distances
-from horen_bench.editors.memory import parallel, training
+from horen_bench.editors.codebook import parallel, training
+from horen_bench.editors.grace.editor import GraceEditor, distances
 from horen_bench.evaluation import greedy_decode
 from horen_bench.prompts import encode_edit, encode_prompts
 
@@ -142,8 +142,8 @@ def watch(patch: pytest.MonkeyPatch, run: Run) -> None:
             run.starts[len(run.records)], run.losses[len(run.records)] = job.start["vector"].clone(), trained.losses
             yield job, trained
 
-    patch.setattr("horen_bench.editors.memory.editor.train_value", one)
-    patch.setattr("horen_bench.editors.memory.editor.train_values", many)
+    patch.setattr("horen_bench.editors.codebook.editor.train_value", one)
+    patch.setattr("horen_bench.editors.codebook.editor.train_values", many)
     if run.editor.value_init == "cold":
         draw = lambda i: {"vector": run.recorded[f"edit{i:02d}/initial_value"][0]}  # noqa: E731
         patch.setattr(run.editor, "_initial_value", draw)

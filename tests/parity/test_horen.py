@@ -19,9 +19,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from horen_bench.cases import EditCase
 from horen_bench.editors.base import EditRecord
-from horen_bench.editors.horen import HorenEditor
-from horen_bench.editors.memory import parallel, training
-from horen_bench.editors.memory.hopfield import refine
+from horen_bench.editors.codebook import parallel, training
+from horen_bench.editors.codebook.hopfield import refine
+from horen_bench.editors.horen.editor import HorenEditor
 from horen_bench.evaluation import greedy_decode
 from horen_bench.prompts import encode_continuations, encode_edit, encode_plain, encode_prompts
 
@@ -105,8 +105,8 @@ def run(request: pytest.FixtureRequest) -> Iterator[Run]:
 
     records, before, written = [], [], []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("horen_bench.editors.memory.editor.train_value", noting_losses)
-        patch.setattr("horen_bench.editors.memory.editor.train_values", noting_losses_of_many)
+        patch.setattr("horen_bench.editors.codebook.editor.train_value", noting_losses)
+        patch.setattr("horen_bench.editors.codebook.editor.train_values", noting_losses_of_many)
         patch.setattr(editor, "_initial_value", lambda i: initial_value(recorded, i))
         for i, item in enumerate(stream):
             before.append(editor.codebook.keys.clone())

@@ -16,9 +16,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from horen_bench.cases import EditCase, Probe
-from horen_bench.editors import repair
-from horen_bench.editors.repair import RepairEditor
 from horen_bench.editors.wise import editor as wise_editor
+from horen_bench.editors.wise import repair
+from horen_bench.editors.wise.repair import RepairEditor
 from horen_bench.editors.wise.training import SideTrained, train_sides
 from horen_bench.prompts import encode_prompts
 

@@ -18,10 +18,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from horen_bench.cases import EditCase
 from horen_bench.editors.base import EditRecord
-from horen_bench.editors.rewriting.hidden import Hidden, Reading
-from horen_bench.editors.rewriting.requests import request_of, rows_of
-from horen_bench.editors.rewriting.statistics import second_moments
-from horen_bench.editors.rome import RomeEditor
+from horen_bench.editors.locate_edit.requests import request_of, rows_of
+from horen_bench.editors.locate_edit.target_vector import Hidden, Reading
+from horen_bench.editors.rome.editor import RomeEditor
+from horen_bench.editors.shared.second_moments import second_moments
 from horen_bench.evaluation import greedy_decode
 from horen_bench.prompts import encode_prompts
 

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from horen_bench.cases import EditCase
 from horen_bench.editors.base import EditRecord
-from horen_bench.editors.ultraedit import Features, RowStatistics, Shape, UltraEditEditor, closed_form
+from horen_bench.editors.ultraedit.editor import Features, RowStatistics, Shape, UltraEditEditor, closed_form
 from horen_bench.evaluation import greedy_decode
 from horen_bench.prompts import encode_prompts, pad
 

@@ -18,13 +18,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from horen_bench.cases import EditCase
-from horen_bench.editors.alphaedit import AlphaEditEditor
+from horen_bench.editors.alphaedit.editor import AlphaEditEditor
 from horen_bench.editors.base import EditRecord
-from horen_bench.editors.memit import MemitEditor
-from horen_bench.editors.rewriting.hidden import Hidden, Reading
-from horen_bench.editors.rewriting.requests import request_of, rows_of
-from horen_bench.editors.rewriting.statistics import SecondMoment, second_moments
-from horen_bench.editors.rewriting.window import WindowEditor
+from horen_bench.editors.locate_edit.requests import request_of, rows_of
+from horen_bench.editors.locate_edit.target_vector import Hidden, Reading
+from horen_bench.editors.locate_edit.window import WindowEditor
+from horen_bench.editors.memit.editor import MemitEditor
+from horen_bench.editors.shared.second_moments import SecondMoment, second_moments
 from horen_bench.evaluation import greedy_decode
 from horen_bench.prompts import encode_prompts
 
@@ -139,7 +139,7 @@ def run(
             # The published code estimated layer 2's moment at its first use, after layer 1 was changed (CARD.md).
             means = {MODULES[1]: moment_of_layer_1, MODULES[2]: found.recorded[f"cov/{MODULES[2]}"]}
             moments = {path: SecondMoment(mean, 1) for path, mean in means.items()}
-            patch.setattr("horen_bench.editors.memit.second_moments", lambda *_: moments)
+            patch.setattr("horen_bench.editors.memit.editor.second_moments", lambda *_: moments)
         patch.setattr(editor, "_write", noting)
         patch.setattr(editor, "_update", noting_update)
         for ids in calls:

@@ -14,7 +14,7 @@ from horen_bench.report import StoredRun, page, read, report
 from horen_bench.report.__main__ import main
 from horen_bench.report.contents import contents
 from horen_bench.report.runs import variants
-from horen_bench.store import RunStore
+from horen_bench.results.store import RunStore
 
 
 def embedded(text: str) -> Any:

@@ -23,7 +23,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from horen_bench.errors import UserError
-from horen_bench.store import RunStore
+from horen_bench.results.store import RunStore
 from horen_bench.tracking import NoTracker, WandbTracker, wandb_tracker
 from horen_bench.tracking.__main__ import main
 from horen_bench.tracking.upload import upload

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from horen_bench.cases import EditCase
-from horen_bench.configuration import build, composed, plain_words
+from horen_bench.config.compose import build, composed, plain_words
 from horen_bench.datasets.audit import composition, touched_probes
 from horen_bench.datasets.base import Dataset
 from horen_bench.datasets.sources import fetch, manifest

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from horen_bench.errors import UserError
-from horen_bench.resources import resource
+from horen_bench.paths import resource
 
 _CHUNK = 1 << 20  # bytes
 _TIMEOUT = 30  # seconds without an answer

@@ -1,10 +1,10 @@
 """Questions a model on a prefix of the stream under one protocol; knows nothing about methods."""
 
 from horen_bench.evaluation.decoding import greedy_decode
-from horen_bench.evaluation.examiner import Answer, Examiner
-from horen_bench.evaluation.questions import Question, questions_about, sample
-from horen_bench.evaluation.text import TextExaminer, TextJudge
-from horen_bench.evaluation.tokens import TOKEN_PROTOCOLS, Mode, Protocol, TokenExaminer, protocol_of
+from horen_bench.evaluation.evaluator import Answer, Examiner
+from horen_bench.evaluation.long_form import TextExaminer, TextJudge
+from horen_bench.evaluation.probes import Question, questions_about, sample
+from horen_bench.evaluation.token_match import TOKEN_PROTOCOLS, Mode, Protocol, TokenExaminer, protocol_of
 
 PROTOCOL_NAMES = (*TOKEN_PROTOCOLS, "text")
 

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils import logging as transformers_logging
 
 from horen_bench.errors import UserError
-from horen_bench.resources import resource
+from horen_bench.paths import resource
 
 EMBEDDED = "embedded:"
 _HASHED_BYTES = 1 << 20  # of each end of a file; a whole checkpoint would take minutes

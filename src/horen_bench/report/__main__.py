@@ -5,9 +5,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from horen_bench.atomic import write_text
 from horen_bench.errors import UserError
 from horen_bench.report import read, report
+from horen_bench.results.atomic import write_text
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -8,8 +8,8 @@ import numpy as np
 import pandas as pd
 
 from horen_bench.report.runs import StoredRun
-from horen_bench.score_names import COSTS, MAIN, TEXT_FAMILIES, TEXT_METRICS, printed, text_family
-from horen_bench.tables import score_columns
+from horen_bench.results.columns import COSTS, MAIN, TEXT_FAMILIES, TEXT_METRICS, printed, text_family
+from horen_bench.results.console import score_columns
 
 MOST_CHARACTERS = 400  # of a prompt, target or answer; ours
 

@@ -12,8 +12,8 @@ import pandas as pd
 
 from horen_bench.report.contents import MOST_CHARACTERS, contents
 from horen_bench.report.runs import StoredRun, variants
-from horen_bench.score_names import MAIN, TEXT, printed, text_family
-from horen_bench.tables import MISSING, notes, score_columns
+from horen_bench.results.columns import MAIN, TEXT, printed, text_family
+from horen_bench.results.console import MISSING, notes, score_columns
 
 MOST_BYTES = 3_000_000
 _CASES = (200, 100, 50, 20, 10, 5, 2, 1, 0)  # per run and protocol; the most that keep the page below MOST_BYTES

@@ -11,7 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from horen_bench.errors import UserError
-from horen_bench.store import RunStore
+from horen_bench.results.store import RunStore
 
 # Parts of a configuration in which two runs of one method on one model and dataset can differ.
 _SETTINGS = ("method", "dataset", "locality", "eval_cases", "template", "seed")

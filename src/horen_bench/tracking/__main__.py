@@ -10,8 +10,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from horen_bench.atomic import write_text
 from horen_bench.errors import UserError
+from horen_bench.results.atomic import write_text
 from horen_bench.tracking import workspace
 from horen_bench.tracking.upload import defaults, upload
 

@@ -7,8 +7,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from horen_bench.errors import UserError
-from horen_bench.resources import resource
-from horen_bench.store import RunStore
+from horen_bench.paths import resource
+from horen_bench.results.store import RunStore
 from horen_bench.tracking.wandb_tracker import WandbTracker, is_tracked
 
 

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from horen_bench.atomic import write_text
 from horen_bench.errors import UserError
+from horen_bench.results.atomic import write_text
 
 if TYPE_CHECKING:
     import wandb

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from horen_bench.errors import UserError
-from horen_bench.score_names import COSTS, MAIN, TEXT
+from horen_bench.results.columns import COSTS, MAIN, TEXT
 from horen_bench.tracking.wandb_tracker import CASES, in_one_line
 
 if TYPE_CHECKING:

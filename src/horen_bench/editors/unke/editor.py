@@ -29,8 +29,8 @@ from horen_bench.editors.unke.preservation import PreservedTexts
 from horen_bench.editors.unke.values import Targets, ValueTraining, by_upper_layers, by_whole_model
 from horen_bench.errors import UserError
 from horen_bench.models.architecture import check_module, decoder_layer_index, is_last_layer
+from horen_bench.models.partial import NotSupportedError, UpperLayers
 from horen_bench.models.surgery import MasterWeights, PristineParameters
-from horen_bench.models.upper import NotSupportedError, UpperLayers
 from horen_bench.prompts import EncodedEdit, encode_edit, encode_texts, pad, pad_id_of
 
 Engine = Literal["cached", "sequential"]

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from horen_bench.editors.rewriting.corpus import read_rows, text_of
+from horen_bench.editors.shared.corpora import read_rows, text_of
 from horen_bench.errors import UserError
 
 _SAMPLE_SEED = 2024  # the published code's, whatever the run's seed

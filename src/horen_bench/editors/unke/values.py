@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from horen_bench.editors.rewriting.hidden import changed_output
+from horen_bench.editors.locate_edit.target_vector import changed_output
 from horen_bench.errors import UserError
-from horen_bench.models.upper import UpperLayers
+from horen_bench.models.partial import UpperLayers
 from horen_bench.prompts import EncodedEdit
 
 Losses = Callable[[Tensor], Tensor]

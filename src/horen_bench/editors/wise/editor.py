@@ -38,7 +38,7 @@ from horen_bench.editors.wise.training import (
 )
 from horen_bench.errors import UserError
 from horen_bench.models.architecture import check_linear, decoder_layer_index, is_last_layer
-from horen_bench.models.upper import NotSupportedError
+from horen_bench.models.partial import NotSupportedError
 from horen_bench.prompts import encode_edit
 
 Engine = Literal["cached", "sequential"]

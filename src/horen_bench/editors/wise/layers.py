@@ -18,10 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from horen_bench.editors.memory.prompt_hook import PromptHook
 from horen_bench.editors.wise.rows import TrainingRows
 from horen_bench.editors.wise.training import Activation, Forward, Pass, distances
-from horen_bench.models.upper import NotSupportedError, UpperLayers
+from horen_bench.models.partial import NotSupportedError, UpperLayers
+from horen_bench.models.prompt_hook import PromptHook
 
 
 def plain_pass(

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from horen_bench.editors.memory.prompt_hook import PromptHook
 from horen_bench.editors.wise.training import Activation, distances
+from horen_bench.models.prompt_hook import PromptHook
 
 _LONG = 100  # tokens; a longer call is scored by its largest distance
 MAIN, LIVE, FIRST_MEMORY = -1, 0, 1  # choices; memory k is FIRST_MEMORY + k

@@ -1,0 +1,1 @@
+"""Configuration: what a run may be told, checked and put into words."""

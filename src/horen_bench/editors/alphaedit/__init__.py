@@ -1,0 +1,1 @@
+"""AlphaEdit: MEMIT's window with every change kept out of the directions of general text."""

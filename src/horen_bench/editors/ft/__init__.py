@@ -1,0 +1,1 @@
+"""Fine-tuning of one weight matrix on the edit alone: FT-L and FT-M."""

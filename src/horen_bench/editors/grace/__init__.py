@@ -1,0 +1,1 @@
+"""GRACE: a codebook of balls whose values take the output's place."""

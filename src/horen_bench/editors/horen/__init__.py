@@ -1,0 +1,1 @@
+"""HoReN: a codebook read by normalized Hopfield retrieval."""

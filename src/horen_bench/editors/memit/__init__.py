@@ -1,0 +1,1 @@
+"""MEMIT: many facts by least squares over a window of layers."""

@@ -1,0 +1,1 @@
+"""ROME: one fact as one rank-one change of one down-projection."""

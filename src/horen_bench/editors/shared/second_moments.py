@@ -1,0 +1,348 @@
+"""Second moments of what enters a down-projection on general text: `C = 1/N sum_t x_t x_t^T`.
+
+Uncentred, every attended token counts once, BOS included, on the model as received. One pass over the corpus serves all
+layers and ends above the last; a pass that was stopped goes on from its last save, with the same sums. Memory: one
+`(m, m)` sum per layer where the model is, i.e. in float32 0.8 GB at m = 14,336 and 2.6 GB at m = 25,600; twice that in
+float64.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pooch
+import torch
+from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from horen_bench.editors.locate_edit.requests import all_finite
+from horen_bench.editors.locate_edit.target_vector import changed_output, inputs_of
+from horen_bench.editors.shared.corpora import read_corpus
+from horen_bench.errors import UserError
+from horen_bench.models.architecture import decoder_layer_index
+from horen_bench.prompts import Batch, pad, pad_id_of
+from horen_bench.results.atomic import replacing
+
+_GROUP = 100  # texts that are sorted by length together
+_BATCH_TOKENS = 8192  # padded tokens of a forward pass; the sums do not depend on it
+_MOST_BAD = 5  # texts with non-finite activations
+_SAVE_EVERY = 60.0  # seconds between saves of a pass; a slow save is repeated less often
+_HASHED = 512  # numbers of each end of a parameter
+
+
+@dataclass(frozen=True, slots=True)
+class SecondMoment:
+    """A sum and what it is a sum of; sums over parts of a corpus add up.
+
+    Attributes:
+        total: `sum_t x_t x_t^T`, `(m, m)`.
+        n_tokens: how many `x_t`.
+    """
+
+    total: Tensor
+    n_tokens: int
+
+    @property
+    def mean(self) -> Tensor:
+        """`C`, `(m, m)`."""
+        return self.total / self.n_tokens
+
+    def __add__(self, other: "SecondMoment") -> "SecondMoment":
+        return SecondMoment(self.total + other.total, self.n_tokens + other.n_tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """Which text, and how it is summed up.
+
+    Attributes:
+        corpus: see `read_corpus`.
+        n_texts: most texts.
+        max_length: tokens kept of a text.
+        dtype: of the sums, `float32` or `float64`.
+        folder: of the cache; None: the user's cache folder.
+        published: folder of `{module}_float32_mom2_{n}.npz` files made by ROME, MEMIT or EasyEdit, which are then used
+            instead of a corpus; None: no such files.
+    """
+
+    corpus: str
+    n_texts: int
+    max_length: int
+    dtype: str
+    folder: str | None = None
+    published: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ("float32", "float64"):
+            raise UserError(f"method.statistics.dtype must be float32 or float64, got {self.dtype!r}")
+        for name in ("n_texts", "max_length"):
+            if not (isinstance(getattr(self, name), int) and getattr(self, name) > 0):
+                raise UserError(f"method.statistics.{name} must be a whole number of at least 1")
+
+    @property
+    def cache(self) -> Path:
+        """Where moments are kept."""
+        return Path(self.folder).expanduser() if self.folder else Path(pooch.os_cache("horen_bench")) / "statistics"
+
+
+def second_moments(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, paths: Sequence[str], recipe: Recipe
+) -> dict[str, SecondMoment]:
+    """The moments of each down-projection: from the published files, the cache, or one pass over the corpus.
+
+    Raises:
+        UserError: the corpus or a published file cannot be read or does not fit.
+    """
+    if recipe.published:
+        folder = Path(recipe.published).expanduser()
+        return {path: _checked(read_published(folder, path), model, path) for path in paths}
+    files = {path: recipe.cache / f"{cache_key(model, tokenizer, path, recipe)}.safetensors" for path in paths}
+    found = {path: moment for path, file in files.items() if (moment := _load(file)) is not None}
+    missing = [path for path in paths if path not in found]
+    if missing:
+        texts = read_corpus(recipe.corpus, recipe.n_texts)
+        unfinished = recipe.cache / f"unfinished-{_digest([files[path].name for path in missing], texts)}.safetensors"
+        dtype = getattr(torch, recipe.dtype)
+        fresh = accumulate(
+            model, tokenizer, missing, texts, max_length=recipe.max_length, dtype=dtype, unfinished=unfinished
+        )
+        for path, moment in fresh.items():
+            _save(files[path], moment, {"module": path, "texts": len(texts), "corpus": recipe.corpus})
+        unfinished.unlink(missing_ok=True)
+        found |= fresh
+    return {path: found[path] for path in paths}
+
+
+@dataclass(slots=True)
+class Pass:
+    """A pass over a corpus, as far as it has come.
+
+    Attributes:
+        totals: by module, `sum_t x_t x_t^T`, `(m, m)`.
+        n_texts: texts read.
+        n_tokens: tokens in the sums.
+        n_bad: batches left out because of activations that are not finite.
+    """
+
+    totals: dict[str, Tensor] = field(default_factory=dict)
+    n_texts: int = 0
+    n_tokens: int = 0
+    n_bad: int = 0
+
+    def save(self, path: Path) -> None:
+        """Write it down, all or nothing."""
+        counts = torch.tensor([self.n_texts, self.n_tokens, self.n_bad])
+        totals = {name: total.cpu().contiguous() for name, total in self.totals.items()}
+        with replacing(path) as temporary:
+            save_file({"counts": counts, **totals}, temporary)
+
+    @classmethod
+    def load(cls, path: Path | None) -> "Pass":
+        """The saved pass; a new one where there is none, or a damaged one."""
+        if path is None or not path.exists():
+            return cls()
+        try:
+            totals = load_file(path)
+            n_texts, n_tokens, n_bad = totals.pop("counts").tolist()
+        except (SafetensorError, OSError, KeyError):
+            return cls()
+        return cls(totals, n_texts, n_tokens, n_bad)
+
+
+@torch.no_grad()
+def accumulate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    paths: Sequence[str],
+    texts: Sequence[str],
+    *,
+    max_length: int,
+    dtype: torch.dtype = torch.float32,
+    unfinished: Path | None = None,
+) -> dict[str, SecondMoment]:
+    """Sum up in one pass.
+
+    Args:
+        model: as received.
+        tokenizer: its default special tokens count as tokens of the text.
+        paths: of the down-projections.
+        texts: one sequence each.
+        max_length: tokens kept of a text.
+        dtype: of the sums.
+        unfinished: file that the pass is saved in every minute and goes on from, or None. Sums are added up in the same
+            order, so that a stop leaves no trace in them.
+
+    Raises:
+        UserError: no text, or activations that are not finite in more than a few texts.
+    """
+    modules = {path: model.get_submodule(path) for path in paths}
+    highest = model.get_submodule(block_of(max(paths, key=lambda path: decoder_layer_index(path) or 0)))
+    so_far = Pass.load(unfinished)
+    next_save = time.monotonic() + _SAVE_EVERY
+    columns = (TextColumn("{task.description}"), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("second moments", total=len(texts), completed=so_far.n_texts)
+        for start in range(so_far.n_texts, len(texts), _GROUP):
+            group = texts[start : start + _GROUP]
+            for rows in _batches(tokenizer, group, max_length):
+                batch = pad(rows, pad_id_of(tokenizer), "right", device=model.device)
+                _add(so_far, _attended(model, modules, highest, batch), dtype)
+            so_far.n_texts += len(group)
+            progress.update(task, completed=so_far.n_texts)
+            if unfinished is not None and time.monotonic() > next_save:
+                began = time.monotonic()
+                so_far.save(unfinished)
+                next_save = 11 * time.monotonic() - 10 * began + _SAVE_EVERY
+    if so_far.n_tokens == 0:
+        raise UserError("method.statistics.corpus holds no text that gives finite activations")
+    return {path: SecondMoment(total, so_far.n_tokens) for path, total in so_far.totals.items()}
+
+
+def _add(so_far: Pass, inputs: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+    """Add one batch's inputs `(N, m)` of each module."""
+    if not all_finite(*inputs.values()):
+        so_far.n_bad += 1
+        if so_far.n_bad > _MOST_BAD:
+            raise UserError("the model's activations on method.statistics.corpus are not finite")
+        return
+    so_far.n_tokens += len(next(iter(inputs.values())))
+    for path, x in inputs.items():
+        product = x.to(dtype).T @ x.to(dtype)
+        if path in so_far.totals:
+            product.add_(so_far.totals[path].to(product.device))
+        so_far.totals[path] = product
+
+
+class _Reached(Exception):  # noqa: N818 - no error, it ends a forward pass early
+    """The highest layer has spoken."""
+
+
+def _attended(
+    model: PreTrainedModel, modules: Mapping[str, nn.Module], highest: nn.Module, batch: Batch
+) -> dict[str, Tensor]:
+    """Inputs `(N, m)` of each module at the batch's real tokens."""
+
+    def stop(_output: Tensor) -> None:
+        raise _Reached
+
+    with inputs_of(modules) as inputs, changed_output(highest, stop), suppress(_Reached):
+        model(batch.input_ids, batch.attention_mask, position_ids=batch.position_ids, use_cache=False)
+    return {path: x[batch.attention_mask.bool().to(x.device)] for path, x in inputs.items()}
+
+
+def _batches(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_length: int) -> Iterator[list[list[int]]]:
+    """Token rows, longest first, cut so that a padded batch stays below a fixed size."""
+    encoded = tokenizer(list(texts), truncation=True, max_length=max_length)
+    rows: list[list[int]] = sorted((row for row in encoded["input_ids"] if row), key=len, reverse=True)
+    while rows:
+        n_rows = max(1, _BATCH_TOKENS // len(rows[0]))
+        yield rows[:n_rows]
+        rows = rows[n_rows:]
+
+
+def block_of(path: str) -> str:
+    """Dotted path of the decoder layer that a module is in."""
+    parts = path.split(".")
+    number = next(i for i, part in enumerate(parts) if part.isdigit())
+    return ".".join(parts[: number + 1])
+
+
+# --- Cache -----------------------------------------------------------------------------------------------
+
+
+def cache_key(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: str, recipe: Recipe) -> str:
+    """Module and a hash over all that the moment depends on: weights, tokenizer, corpus, counts, dtypes."""
+    digest = hashlib.sha256(f"{model_fingerprint(model)} {len(tokenizer)} {path}".encode())
+    digest.update(json.dumps(tokenizer("A text, 1927.")["input_ids"]).encode())
+    digest.update(f"{recipe.corpus} {recipe.n_texts} {recipe.max_length} {recipe.dtype}".encode())
+    return f"{path}-{digest.hexdigest()[:16]}"
+
+
+@torch.no_grad()
+def model_fingerprint(model: PreTrainedModel) -> str:
+    """Sixteen hex digits over shape, dtype and both ends of every parameter: another one for a fine-tuned copy."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        flat = parameter.detach().flatten()
+        ends = torch.cat([flat[:_HASHED], flat[-_HASHED:]]).float().cpu()
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode() + ends.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _digest(names: Sequence[str], texts: Sequence[str]) -> str:
+    """Sixteen hex digits over the moments that a pass makes and the texts that it reads."""
+    digest = hashlib.sha256("\0".join(names).encode())
+    for text in texts:
+        digest.update(text.encode() + b"\0")
+    return digest.hexdigest()[:16]
+
+
+def _save(path: Path, moment: SecondMoment, facts: Mapping[str, Any]) -> None:
+    tensors = {"total": moment.total.cpu().contiguous(), "n_tokens": torch.tensor(moment.n_tokens)}
+    with replacing(path) as temporary:
+        save_file(tensors, temporary, metadata={"facts": json.dumps(dict(facts))})
+
+
+def _load(path: Path) -> SecondMoment | None:
+    """A cached moment; None where there is none, or a damaged one, which is then computed again."""
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            return SecondMoment(file.get_tensor("total"), int(file.get_tensor("n_tokens")))
+    except (SafetensorError, OSError):
+        return None
+
+
+def read_published(folder: Path, path: str) -> SecondMoment:
+    """A moment that ROME, MEMIT or EasyEdit computed; nothing in the file is executed.
+
+    Raises:
+        UserError: no such file, or not in their format.
+    """
+    files = sorted(folder.glob(f"{path}_float*_mom2_*.npz"))
+    if not files:
+        raise UserError(f"method.statistics.published={folder}: there is no {path}_float32_mom2_*.npz")
+    try:
+        with np.load(files[-1], allow_pickle=False) as saved:
+            return SecondMoment(torch.from_numpy(saved["mom2.mom2"]), int(saved["mom2.count"]))
+    except (KeyError, ValueError, OSError) as error:
+        raise UserError(f"{files[-1]} is no second moment in the published format ({error})") from error
+
+
+def _checked(moment: SecondMoment, model: PreTrainedModel, path: str) -> SecondMoment:
+    m = model.get_parameter(f"{path}.weight").shape[1]
+    if moment.total.shape != (m, m):
+        raise UserError(f"method.statistics.published: {path} has {m} inputs, the file {tuple(moment.total.shape)}")
+    return moment
+
+
+# --- What the methods derive -------------------------------------------------------------------------------
+
+
+def cholesky(moment: SecondMoment, ridge: float, device: torch.device) -> Tensor:
+    """Lower factor of `C + ridge * trace(C)/m * I`, float64 `(m, m)`.
+
+    Raises:
+        UserError: it is not positive definite: there was too little text.
+    """
+    c = moment.mean.to(device, torch.float64)
+    m = len(c)
+    factor, failed = torch.linalg.cholesky_ex(c + ridge * c.diagonal().mean() * torch.eye(m, device=device))
+    if failed or not all_finite(factor):
+        raise UserError(
+            f"the second moment of {m} inputs over {moment.n_tokens} tokens is not positive definite; take more "
+            f"text (50 tokens per input are few), or set method.ridge above {ridge}, e.g. to 1e-6"
+        )
+    found: Tensor = factor
+    return found

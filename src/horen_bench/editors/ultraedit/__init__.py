@@ -1,0 +1,1 @@
+"""UltraEdit: a closed-form change of several matrices, lifelong normalised."""

@@ -1,0 +1,1 @@
+"""What a run leaves: files that are whole at every moment, and what is printed and drawn of them."""

@@ -1,0 +1,106 @@
+"""Scores against the number of edits: Figures 1 and 6 to 8, and the trajectory with its early edits, Figure 5."""
+
+from collections.abc import Iterable
+
+import pandas as pd
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from horen_bench.results.plots.style import (
+    SCORES,
+    WIDTH,
+    caption,
+    draw_curve,
+    in_order,
+    log_axis,
+    measured,
+    method_pen,
+    score_axis,
+    series_names,
+    styled,
+    without_rows,
+)
+
+_EDITS = "edits"
+
+
+def scale_figure(rows: pd.DataFrame, score: str, published: pd.DataFrame) -> Figure:
+    """One score of all methods against the number of edits; the paper's numbers in a panel of their own.
+
+    Args:
+        rows: what `experiments.collect` gives, under one protocol.
+        score: `op`, `rel`, `gen` or `loc`.
+        published: `model`, `dataset`, `method`, `n` and the score as the paper prints them; may be empty.
+    """
+    with styled():
+        figure = Figure(figsize=(WIDTH, 3.4), layout="constrained")
+        panels = figure.subplots(1, 1 if published.empty else 2, sharex=True, sharey=True, squeeze=False)[0]
+        _draw_methods(panels[0], rows, score)
+        panels[0].set(title="measured, with 95 % intervals", ylabel=SCORES[score])
+        if not published.empty:
+            _draw_published(panels[1], published, score)
+        for axes in panels:
+            log_axis(axes, _EDITS)
+        _legend(figure, panels)
+        figure.suptitle(f"{SCORES[score]} against the number of edits\n{_about(rows)}")
+    return figure
+
+
+def trajectory_figure(rows: pd.DataFrame, early: pd.DataFrame, first: int) -> Figure:
+    """Rel, Gen and Loc of all edits so far, and of the first ones alone, along the stream.
+
+    Args:
+        rows: what `experiments.collect` gives, under one protocol.
+        early: the same columns, scores taken over the questioned cases among the first `first`.
+        first: how many edits count as early.
+    """
+    scores = ("rel", "gen", "loc")
+    with styled():
+        figure = Figure(figsize=(WIDTH, 4.8), layout="constrained")
+        panels = figure.subplots(2, 3, sharex=True, sharey=True)
+        for upper, lower, score in zip(*panels, scores, strict=True):
+            _draw_methods(upper, rows, score)
+            _draw_methods(lower, early, score)
+            upper.set_title(f"{SCORES[score]}, all edits so far")
+            lower.set_title(f"{SCORES[score]}, first {first:,} edits")
+            log_axis(lower, _EDITS)
+        for left in panels[:, 0]:
+            left.set_ylabel("score, with 95 % interval")
+        _legend(figure, panels.flat)
+        figure.suptitle(f"Along the stream, and what becomes of its early edits\n{_about(rows)}")
+    return figure
+
+
+def _about(rows: pd.DataFrame) -> str:
+    return "\n".join(line for line in (caption(measured(rows)), without_rows(rows)) if line)
+
+
+def _draw_methods(axes: Axes, rows: pd.DataFrame, score: str) -> None:
+    """A curve per method and variant, through its checkpoints."""
+    score_axis(axes)
+    finished = measured(rows)
+    names = series_names(finished)
+    for name in in_order(names):
+        part = finished[names == name]
+        draw_curve(axes, part, "n", score, pen=method_pen(part["method_label"].iloc[0]), label=name)
+
+
+def _draw_published(axes: Axes, published: pd.DataFrame, score: str) -> None:
+    """The paper's points, hollow, joined by hairlines."""
+    score_axis(axes)
+    for method in in_order(published["method"]):
+        part = published[published["method"] == method].sort_values("n")
+        strokes = method_pen(method).strokes()
+        axes.plot(part["n"], part[score], **strokes, linewidth=0.6, markerfacecolor="white", label=method)
+    models, datasets = (" / ".join(published[column].unique()) for column in ("model", "dataset"))
+    axes.set_title(f"as published: {models}, {datasets}")
+
+
+def _legend(figure: Figure, panels: Iterable[Axes]) -> None:
+    """One legend below all panels, methods in one order; a curve stands for a published one."""
+    shown: dict[str, Artist] = {}
+    for axes in panels:
+        shown = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True)) | shown
+    ordered = in_order(shown)
+    figure.legend([shown[label] for label in ordered], ordered, loc="outside lower center", ncols=6)

@@ -1,0 +1,155 @@
+"""Values trained side by side against the same values trained one at a time."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from horen_bench.editors.codebook.adaptors import Adaptor, LoraAdaptor, VectorAdaptor
+from horen_bench.editors.codebook.parallel import Job, train_values
+from horen_bench.editors.codebook.training import EarlyStopping, Schedule, Trained, train_value
+from horen_bench.models.partial import UpperLayers
+from horen_bench.prompts import EncodedEdit
+
+_RELEASE: EarlyStopping | None = None
+_PAPER = EarlyStopping(loss_bound=0.5, patience=3)
+
+
+@pytest.fixture
+def upper() -> UpperLayers:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=61,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.3,
+    )
+    model = LlamaForCausalLM(config).eval().requires_grad_(False)
+    return UpperLayers(model, model.get_submodule("model.layers.1.mlp.down_proj"), 1)
+
+
+def _jobs(n: int, adaptor: Adaptor) -> list[Job]:
+    generator = torch.Generator().manual_seed(1)
+
+    def tokens(length: int) -> tuple[int, ...]:
+        return tuple(torch.randint(0, 61, (length,), generator=generator).tolist())
+
+    edits = [EncodedEdit(tokens(1 + i % 7), tokens(1 + i % 3)) for i in range(n)]
+    return [Job(i, edit, adaptor.initial(generator)) for i, edit in enumerate(edits)]
+
+
+def _alone(job: Job, upper: UpperLayers, adaptor: Adaptor, schedule: Schedule) -> Trained:
+    states = upper.prepare([job.edit])
+
+    def loss_of(value: dict[str, Tensor]) -> Tensor:
+        one = {name: tensor[None] for name, tensor in value.items()}
+        return upper.losses(states, adaptor.added(one, states.module_output))[0]
+
+    return train_value(job.start, loss_of, schedule)
+
+
+def _together(
+    jobs: Sequence[Job], upper: UpperLayers, adaptor: Adaptor, schedule: Schedule, size: int
+) -> list[Trained]:
+    found = {job.position: trained for job, trained in train_values(jobs, upper, adaptor.added, schedule, size)}
+    assert sorted(found) == list(range(len(jobs))), "every job is yielded once"
+    return [found[i] for i in range(len(jobs))]
+
+
+@pytest.mark.parametrize("batch_size", [1, 5, 64])
+@pytest.mark.parametrize("stopping", [_RELEASE, _PAPER], ids=["all-steps", "early-stopping"])
+@pytest.mark.parametrize(
+    "adaptor", [VectorAdaptor(32, 0.5), LoraAdaptor(32, 0.05, rank=2, scale=1.0)], ids=["vector", "lora"]
+)
+def test_every_value_is_trained_as_if_alone(
+    upper: UpperLayers, adaptor: Adaptor, stopping: EarlyStopping | None, batch_size: int
+) -> None:
+    schedule = Schedule(adaptor.learning_rate, 20, stopping)
+    jobs = _jobs(13, adaptor)
+    for job, trained in zip(jobs, _together(jobs, upper, adaptor, schedule, batch_size), strict=True):
+        alone = _alone(job, upper, adaptor, schedule)
+        assert trained.steps == alone.steps
+        assert trained.finite
+        assert trained.losses == pytest.approx(alone.losses, rel=1e-3)
+        assert trained.loss == pytest.approx(alone.loss, rel=1e-3)
+        for name, tensor in alone.value.items():
+            torch.testing.assert_close(trained.value[name], tensor, rtol=1e-3, atol=1e-3 * tensor.abs().max().item())
+
+
+def test_no_steps_leave_the_values_where_they_were(upper: UpperLayers) -> None:
+    adaptor = VectorAdaptor(32, 0.5)
+    jobs = _jobs(3, adaptor)
+    for job, trained in zip(jobs, _together(jobs, upper, adaptor, Schedule(0.5, 0, None), 8), strict=True):
+        assert torch.equal(trained.value["vector"], job.start["vector"])
+        assert trained.steps == 0
+        assert math.isnan(trained.loss)
+
+
+def test_a_value_that_breaks_is_reported_and_does_not_touch_its_neighbours(upper: UpperLayers) -> None:
+    adaptor = VectorAdaptor(32, 0.5)
+    schedule = Schedule(0.5, 10, _PAPER)
+    jobs = _jobs(4, adaptor)
+    broken = Job(2, jobs[2].edit, {"vector": torch.full((32,), math.nan)})
+    together = _together([*jobs[:2], broken, jobs[3]], upper, adaptor, schedule, 8)
+    assert [trained.finite for trained in together] == [True, True, False, True]
+    for i in (0, 1, 3):
+        alone = _alone(jobs[i], upper, adaptor, schedule)
+        torch.testing.assert_close(together[i].value["vector"], alone.value["vector"], rtol=1e-3, atol=1e-3)
+
+
+def test_a_batch_that_does_not_fit_is_halved_and_nothing_is_lost(
+    upper: UpperLayers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adaptor = VectorAdaptor(32, 0.5)
+    schedule = Schedule(0.5, 12, _PAPER)
+    jobs = _jobs(11, adaptor)
+    expected = _together(jobs, upper, adaptor, schedule, 11)
+    sizes: list[int] = []
+    fitting = UpperLayers.losses
+
+    def losses(self: UpperLayers, states: Any, added: Tensor) -> Tensor:
+        sizes.append(len(states))
+        if len(states) > 3:
+            raise torch.OutOfMemoryError("no more memory")
+        return fitting(self, states, added)
+
+    monkeypatch.setattr(UpperLayers, "losses", losses)
+    for one, other in zip(_together(jobs, upper, adaptor, schedule, 11), expected, strict=True):
+        assert one.steps == other.steps
+        torch.testing.assert_close(one.value["vector"], other.value["vector"], rtol=1e-3, atol=1e-3)
+    assert sizes[:3] == [11, 5, 2], "halved until it fits"
+
+
+def test_a_single_edit_that_does_not_fit_is_an_error(upper: UpperLayers, monkeypatch: pytest.MonkeyPatch) -> None:
+    def losses(self: UpperLayers, states: Any, added: Tensor) -> Tensor:
+        raise torch.OutOfMemoryError("no more memory")
+
+    monkeypatch.setattr(UpperLayers, "losses", losses)
+    adaptor = VectorAdaptor(32, 0.5)
+    with pytest.raises(torch.OutOfMemoryError):
+        list(train_values(_jobs(4, adaptor), upper, adaptor.added, Schedule(0.5, 5, None), 4))
+
+
+def test_finished_rows_make_room_for_the_next_edits(upper: UpperLayers, monkeypatch: pytest.MonkeyPatch) -> None:
+    adaptor = VectorAdaptor(32, 0.5)
+    sizes: list[int] = []
+    plain = UpperLayers.losses
+
+    def losses(self: UpperLayers, states: Any, added: Tensor) -> Tensor:
+        sizes.append(len(states))
+        return plain(self, states, added)
+
+    monkeypatch.setattr(UpperLayers, "losses", losses)
+    # The bound lets a job stop at once or never, so rows leave at very different times.
+    jobs = _jobs(40, adaptor)
+    _together(jobs, upper, adaptor, Schedule(0.5, 30, EarlyStopping(2.0, 30)), 8)
+    assert max(sizes) == 8
+    in_the_middle = sizes[: -len(sizes) // 4]
+    assert sum(in_the_middle) / len(in_the_middle) > 4, "the batch stays more than half full while there are jobs"

@@ -1,0 +1,408 @@
+"""Run directories: whole files at every moment, one process at a time."""
+
+import copy
+import errno
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import hydra
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from horen_bench.config.settings import resolved
+from horen_bench.errors import UserError
+from horen_bench.paths import resource
+from horen_bench.results.atomic import replacing, write_text
+from horen_bench.results.store import RunStore, cached_answers, identity
+
+ONE_CASE = pd.DataFrame({"case_id": ["a"]})
+
+
+def place(n: int, protocol: str = "greedy") -> dict[str, Any]:
+    """What names a checkpoint."""
+    return {"n": n, "protocol": protocol}
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> RunStore:
+    return RunStore(tmp_path / "run")
+
+
+# --- Whole files -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("failure", [RuntimeError("stopped"), KeyboardInterrupt(), OSError("broken")])
+def test_a_write_that_fails_in_the_middle_leaves_the_old_file_alone(tmp_path: Path, failure: BaseException) -> None:
+    path = tmp_path / "sub" / "file"
+    write_text(path, "old")
+    with pytest.raises((type(failure), UserError)), replacing(path) as temporary:
+        temporary.write_text("half of the n")
+        assert path.read_text() == "old"
+        raise failure
+    assert path.read_text() == "old"
+    assert files(tmp_path) == ["sub/file"]
+
+
+def test_the_new_file_is_on_the_disk_before_it_takes_the_old_ones_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "file"
+    write_text(path, "old")
+    seen: list[tuple[str, str]] = []
+
+    def flush(descriptor: int) -> None:
+        seen.append((path.read_text(), Path(f"/proc/self/fd/{descriptor}").read_text()))
+
+    monkeypatch.setattr(os, "fsync", flush)
+    write_text(path, "new")
+    assert seen[0] == ("old", "new")
+    assert path.read_text() == "new"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs the device that is always full")
+def test_a_full_disk_is_one_sentence_that_says_what_to_do(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    write_text(path, "old")
+    with pytest.raises(UserError) as caught, replacing(path) as temporary:
+        temporary.symlink_to("/dev/full")
+        temporary.write_text("new")
+    assert str(caught.value) == (
+        f"{path}: the disk is full; free some space and run the same command again, what is finished is kept"
+    )
+    assert path.read_text() == "old"
+    assert files(tmp_path) == ["file"]
+
+
+def grow(store: RunStore) -> dict[str, Callable[[], None]]:
+    big = pd.DataFrame({"text": [f"{i} " * 20 for i in range(2000)]})
+    return {
+        "state": lambda: store.save_state({"x": torch.zeros(20_000)}, {"position": 2}),
+        "checkpoint": lambda: store.add_checkpoint(place(2), big),
+        "text": lambda: write_text(store.path / "config.yaml", "x" * 20_000),
+    }
+
+
+@pytest.mark.parametrize("what", ["state", "checkpoint", "text"])
+def test_a_disk_that_fills_while_flushing_keeps_what_was_stored(
+    store: RunStore, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.add_checkpoint(place(1), ONE_CASE)
+    store.save_state({"x": torch.ones(2)}, {"position": 1})
+    before = files(store.path)
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(UserError, match=r": the disk is full; free some space"):
+        patch.setattr(os, "fsync", full)
+        grow(store)[what]()
+    assert files(store.path) == before
+    assert store.rows() == [place(1)]
+    state = store.load_state()
+    assert state is not None
+    assert state[1] == {"position": 1}
+
+
+LIMITED = """
+import resource, signal, sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from test_store import grow, place, ONE_CASE
+import torch
+from horen_bench.errors import UserError
+from horen_bench.results.store import RunStore
+store = RunStore(Path({path!r}))
+store.add_checkpoint(place(1), ONE_CASE)
+store.save_state({{"x": torch.ones(2)}}, {{"position": 1}})
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (8192, resource.RLIM_INFINITY))
+for write in grow(store).values():
+    try:
+        write()
+    except UserError as error:
+        print(error)
+"""
+
+
+def test_a_write_that_the_system_cuts_short_keeps_what_was_stored(store: RunStore) -> None:
+    """The kernel refuses to let any file grow past 8 KiB, in the middle of each of the three writers."""
+    script = LIMITED.format(tests=str(Path(__file__).parent), path=str(store.path))
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    lines = done.stdout.splitlines()
+    assert len(lines) == 3, done
+    for line in lines:
+        assert ": it cannot be written (" in line
+        assert "File too large" in line
+        assert line.endswith(
+            "; mend that, or choose another place with results_dir= and run the same command again, "
+            "what is finished is kept"
+        )
+    assert files(store.path) == [
+        "cases.parquet/000000001-greedy.parquet",
+        "checkpoints.csv",
+        "state/stream.safetensors",
+    ]
+    assert store.rows() == [place(1)]
+    state = store.load_state()
+    assert state is not None
+    assert state[1] == {"position": 1}
+
+
+# --- Rows --------------------------------------------------------------------------------------------------
+
+
+def test_an_empty_store_has_no_rows_no_cases_and_no_state(store: RunStore) -> None:
+    assert store.rows() == []
+    assert store.cases().empty
+    assert store.load_state() is None
+    assert not store.path.exists()
+
+
+def test_checkpoints_come_back_in_order_and_replace_their_own_n(store: RunStore) -> None:
+    for n, rel in ((20, 0.25), (10, 0.5), (20, 0.75)):
+        cases = pd.DataFrame({"n": n, "rel": [rel] * n, "answers": [["a", "b"]] * n})
+        store.add_checkpoint(place(n) | {"rel": rel, "warnings": None}, cases)
+    rows = store.checkpoints()
+    assert rows["n"].tolist() == [10, 20]
+    assert rows["rel"].tolist() == [0.5, 0.75]
+    assert rows["warnings"].isna().all()
+    cases = store.cases()
+    assert cases["n"].tolist() == [10] * 10 + [20] * 20
+    assert cases["rel"].iloc[-1] == 0.75
+    assert list(cases["answers"].iloc[0]) == ["a", "b"]
+
+
+def test_protocols_of_one_checkpoint_stand_beside_each_other(store: RunStore) -> None:
+    for n, protocol in ((10, "release"), (10, "greedy"), (5, "release"), (10, "release")):
+        store.add_checkpoint(place(n, protocol), ONE_CASE.assign(n=n, protocol=protocol))
+    assert store.rows() == [place(10, "greedy"), place(5, "release"), place(10, "release")]
+    assert store.cases()[["n", "protocol"]].to_dict("records") == store.rows()
+
+
+def test_a_row_reads_back_as_it_was_written_however_often_others_join_it(store: RunStore) -> None:
+    row = {**place(1), "rel": 0.1 + 0.2, "edit_seconds": 1 / 3, "warnings": 'two\nlines, a comma and a "quote"'}
+    store.add_checkpoint(row, ONE_CASE)
+    for n in range(2, 6):
+        store.add_checkpoint(place(n) | {"mhop": 0.5}, ONE_CASE)
+    first = store.rows()[0]
+    assert {name: first[name] for name in row} == row
+    assert math.isnan(first["mhop"])
+
+
+@pytest.mark.parametrize("run", ["0012345678", "12e4567890"])
+def test_a_run_id_that_looks_like_a_number_stays_text(store: RunStore, run: str) -> None:
+    store.add_checkpoint(place(1) | {"run": run}, ONE_CASE)
+    assert store.rows()[0]["run"] == run
+
+
+def test_cases_without_their_row_do_not_count(store: RunStore) -> None:
+    """A process that dies between the two files of a checkpoint has not reached it."""
+    store.add_checkpoint(place(1), ONE_CASE.assign(n=1))
+    with replacing(store.path / "cases.parquet" / "000000002-greedy.parquet") as temporary:
+        ONE_CASE.assign(n=2).to_parquet(temporary)
+    assert store.cases()["n"].tolist() == [1]
+
+
+def test_clear_forgets_everything_but_the_lock(store: RunStore) -> None:
+    with store.locked():
+        store.add_checkpoint(place(1), ONE_CASE)
+        store.save_state({}, {"position": 1})
+        write_text(store.path / "config.yaml", "n: 1")
+        store.clear()
+        assert files(store.path) == [".lock"]
+
+
+# --- State -------------------------------------------------------------------------------------------------
+
+
+def test_state_comes_back_bit_for_bit_with_what_was_said_about_it(store: RunStore) -> None:
+    tensors = {
+        "keys": torch.randn(3, 4, generator=torch.Generator().manual_seed(0)).T,  # not contiguous
+        "half": torch.tensor([1.5, -2.0], dtype=torch.bfloat16),
+        "labels": torch.tensor([[1, -100]]),
+        "empty": torch.zeros(0, 4),
+    }
+    progress = {"records": [{"loss": math.inf, "problem": None, "é": "ü"}], "edit_seconds": 0.1 + 0.2}
+    store.save_state(tensors, progress)
+    found = store.load_state()
+    assert found is not None
+    assert found[1] == progress
+    assert found[0].keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert found[0][name].dtype == tensor.dtype
+        assert torch.equal(found[0][name], tensor)
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:-8], lambda data: b"", lambda data: b"\xff" * len(data)])
+def test_a_damaged_state_says_how_to_start_again(store: RunStore, damage: Callable[[bytes], bytes]) -> None:
+    store.save_state({"x": torch.ones(20)}, {"position": 1})
+    path = store.path / "state" / "stream.safetensors"
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(UserError) as caught:
+        store.load_state()
+    assert str(caught.value).startswith(f"{path} is damaged (")
+    assert str(caught.value).endswith("); start the run again with force=true")
+
+
+# --- Identity ----------------------------------------------------------------------------------------------
+
+with hydra.initialize_config_dir(str(resource("conf")), version_base="1.3"):
+    CONFIG = resolved(hydra.compose("config"))
+
+
+def changed(path: str, value: object) -> dict[str, Any]:
+    config = copy.deepcopy(CONFIG)
+    *groups, leaf = path.split(".")
+    part = config
+    for group in groups:
+        part = part[group]
+    part[leaf] = value
+    return config
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("seed", 43),
+        ("method.threshold", 0.7),
+        ("method.hopfield.beta", 10.0),
+        ("method.new_constant", None),
+        ("locality", "clean"),
+        ("dataset.stream_seed", 2),
+        ("dataset.name", "zsre"),
+        ("model.hub_id", "a/c"),
+        ("model.revision", "main"),
+        ("model.dtype", "bfloat16"),
+        ("template", "model"),
+        ("text.max_new_tokens", 128),
+    ],
+)
+def test_what_changes_the_numbers_makes_another_run(path: str, value: object) -> None:
+    assert identity(changed(path, value)) != identity(CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("n", 5),
+        ("checkpoints", [1, 2]),
+        ("protocol", ["release", "greedy"]),
+        ("dataset.protocol", "teacher_forced"),
+        ("results_dir", "elsewhere"),
+        ("data_dir", "elsewhere"),
+        ("dataset.path", "elsewhere.json"),
+        ("device", "cuda"),
+        ("threads", None),
+        ("batch_size", 1),
+        ("save_every", 0),
+        ("force", True),
+        ("tracker", {"_target_": "x.Other", "project": "p"}),
+        ("model.threads", None),
+        ("model.device_map", "auto"),
+        ("model.rome", {"module": "not of this method"}),
+        ("template", "none"),  # what a run without the setting had
+        ("text.max_new_tokens", 512),
+        ("text.minilm", "elsewhere"),
+    ],
+)
+def test_what_does_not_change_the_numbers_goes_on_with_the_run(path: str, value: object) -> None:
+    assert identity(changed(path, value)) == identity(CONFIG)
+
+
+def test_statistics_count_by_what_they_hold_and_not_by_where_they_lie(tmp_path: Path) -> None:
+    def with_statistics(**changes: Any) -> str:
+        statistics = {"corpus": "a.txt", "folder": None, "published": None, **changes}
+        return identity({**CONFIG, "method": {**CONFIG["method"], "statistics": statistics}})
+
+    for name, value in (("here", 1.0), ("there", 1.0), ("other", 2.0), ("damaged", 0.0)):
+        (tmp_path / name).mkdir()
+        np.savez(tmp_path / name / "layer_float32_mom2_100.npz", moment=np.full((2, 2), value))
+    assert with_statistics(folder="elsewhere") == with_statistics()
+    assert with_statistics(corpus="b.txt") != with_statistics()
+    here, there, other = (with_statistics(published=str(tmp_path / name)) for name in ("here", "there", "other"))
+    assert here == there
+    assert len({here, other, with_statistics()}) == 3
+    (tmp_path / "damaged" / "layer_float32_mom2_100.npz").write_bytes(b"damaged")
+    with pytest.raises(UserError, match=r"method\.statistics\.published: .* cannot be read"):
+        with_statistics(published=str(tmp_path / "damaged"))
+
+
+def test_identity_does_not_depend_on_the_order_of_settings() -> None:
+    backwards = {key: CONFIG[key] for key in reversed(CONFIG)}
+    backwards["method"] = {key: CONFIG["method"][key] for key in reversed(CONFIG["method"])}
+    assert identity(backwards) == identity(CONFIG)
+    assert len(identity(CONFIG)) == 10
+
+
+# --- One process at a time ---------------------------------------------------------------------------------
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from horen_bench.paths import resource
+from horen_bench.config.settings import resolved
+from horen_bench.results.store import RunStore
+with RunStore(Path(sys.argv[1])).locked():
+    print("held", flush=True)
+    time.sleep(100)
+"""
+
+
+def test_a_second_process_is_told_to_wait_until_the_first_is_gone_however_it_went(store: RunStore) -> None:
+    command = [sys.executable, "-c", HOLD, str(store.path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
+        try:
+            assert holder.stdout is not None
+            assert holder.stdout.readline() == "held\n"
+            with pytest.raises(UserError) as caught, store.locked():
+                pass
+        finally:
+            holder.send_signal(signal.SIGKILL)
+    assert str(caught.value) == (
+        f"another process is working on this run ({store.path}); wait for it, or change the settings"
+    )
+    with store.locked():
+        assert store.path.exists()
+
+
+def test_an_error_of_something_else_while_holding_the_lock_is_not_taken_for_a_full_disk(store: RunStore) -> None:
+    with pytest.raises(ConnectionError), store.locked():
+        raise ConnectionError("the hub is gone")
+
+
+# --- Base answers ------------------------------------------------------------------------------------------
+
+
+def test_only_missing_base_answers_are_asked_for(tmp_path: Path) -> None:
+    path = tmp_path / "base" / "answers.json"
+    asked: list[list[int]] = []
+
+    def answer(missing: list[int]) -> list[dict[str, list[int]]]:
+        asked.append(missing)
+        return [{"ids": [i]} for i in missing]
+
+    assert cached_answers(path, ["a", "b"], answer) == [{"ids": [0]}, {"ids": [1]}]
+    assert cached_answers(path, ["c", "a", "b", "d"], answer) == [{"ids": [i]} for i in (0, 0, 1, 3)]
+    assert cached_answers(path, ["d", "a"], answer) == [{"ids": [3]}, {"ids": [0]}]
+    assert asked == [[0, 1], [0, 3]]
+    assert sorted(json.loads(path.read_text())) == ["a", "b", "c", "d"]
+
+
+def test_a_damaged_file_of_base_answers_is_asked_again(tmp_path: Path) -> None:
+    path = tmp_path / "answers.json"
+    path.write_text('{"a": {"ids"')
+    assert cached_answers(path, ["a"], lambda missing: [{"ids": [7]} for _ in missing]) == [{"ids": [7]}]
+    assert json.loads(path.read_text()) == {"a": {"ids": [7]}}

@@ -1,0 +1,576 @@
+"""Runs that are stopped, killed, extended and repeated: what is finished is kept, and the numbers are the same."""
+
+import copy
+import io
+import itertools
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, ClassVar
+
+import hydra
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from rich.console import Console
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from horen_bench import runner as stream
+from horen_bench.cases import EditCase
+from horen_bench.config.compose import composed
+from horen_bench.config.settings import resolved
+from horen_bench.datasets.facts import records, to_json
+from horen_bench.editors.base import Editor, EditRecord
+from horen_bench.errors import UserError
+from horen_bench.evaluation import Examiner
+from horen_bench.evaluation.cache import Exam
+from horen_bench.paths import resource
+from horen_bench.results.console import notes
+from horen_bench.results.store import RunStore
+from horen_bench.runner import RunResult
+
+MEASURED = [
+    "edit_seconds",
+    "eval_seconds",
+    "edits_per_second",
+    "inference_base_ms",
+    "inference_ms",
+    "peak_memory_bytes",
+]
+
+
+class DriftEditor(Editor):
+    """Edits nothing in particular: each case bends one weight vector, halving what earlier ones did to it.
+
+    So the state tells which cases were written, in which order and how often.
+    """
+
+    written: ClassVar[list[str]] = []  # case ids, over all editors
+    stop_at: ClassVar[tuple[str, BaseException] | None] = None
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        seed: int,
+        slice_size: int = 1,
+        failing: Sequence[str] = (),
+        remarks: Sequence[str] = (),
+    ) -> None:
+        self.model = model
+        self.slice_size = slice_size
+        self.failing = failing
+        self.remarks = list(remarks)
+        self.weight = model.get_parameter("model.norm.weight")
+        self.base = self.weight.detach().clone()
+        self.drift = torch.zeros_like(self.base)
+
+    def edit(self, cases: Sequence[EditCase]) -> list[EditRecord]:
+        return [self._edit_one(case) for case in cases]
+
+    def _edit_one(self, case: EditCase) -> EditRecord:
+        if self.stop_at and self.stop_at[0] == case.id:
+            raise self.stop_at[1]
+        self.written.append(case.id)
+        if case.id in self.failing:
+            return EditRecord(case.id, "failed", None, None, math.nan, 0, 0.0, "it would not")
+        noise = torch.randn(self.base.shape, generator=torch.Generator().manual_seed(int(case.id)))
+        self.drift = self.drift / 2 + noise
+        self._write()
+        return EditRecord(case.id, "inserted", None, None, 0.5, 1, 0.0)
+
+    def _write(self) -> None:
+        self.weight.data.copy_(self.base * (1 + self.drift))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"drift": self.drift.clone()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        self.drift = state["drift"].clone()
+        self._write()
+
+    def detach(self) -> None:
+        self.weight.data.copy_(self.base)
+
+    def side_parameters(self) -> int:
+        return self.drift.numel()
+
+    def warnings(self) -> list[str]:
+        return self.remarks
+
+
+@pytest.fixture(autouse=True)
+def _fresh_editor(monkeypatch: pytest.MonkeyPatch) -> None:
+    DriftEditor.written.clear()
+    DriftEditor.stop_at = None
+    # A clock that says a thousand seconds have gone by whenever it is looked at, so that save_every alone
+    # decides when the state is saved, not how fast this machine writes.
+    monkeypatch.setattr(stream, "time", SimpleNamespace(monotonic=itertools.count(1000, 1000).__next__))
+
+
+with hydra.initialize_config_dir(str(resource("conf")), version_base="1.3"):
+    DEFAULT = resolved(hydra.compose("config"))
+
+
+def config(results: Path, n: int, checkpoints: Sequence[int] = (), **changes: Any) -> dict[str, Any]:
+    """The embedded model and facts under `DriftEditor`; keyword arguments are top-level settings."""
+    values = copy.deepcopy(DEFAULT)
+    values["method"] = {"_target_": f"{__name__}.DriftEditor", "name": "drift", "label": "Drift"}
+    values |= {"n": n, "checkpoints": list(checkpoints), "results_dir": str(results), "save_every": 0, "device": "cpu"}
+    return values | changes
+
+
+def run(values: Mapping[str, Any]) -> RunResult:
+    return stream.run(values, Console(file=io.StringIO()))
+
+
+def run_until(values: Mapping[str, Any], case: str, problem: BaseException) -> None:
+    """Run a stream whose editor raises when it gets to a case."""
+    DriftEditor.stop_at = (case, problem)
+    with pytest.raises(type(problem)):
+        run(values)
+    DriftEditor.stop_at = None
+
+
+def assert_same_numbers(found: RunStore, expected: RunStore) -> None:
+    """Equal in everything but what was measured."""
+    pd.testing.assert_frame_equal(
+        found.checkpoints().drop(columns=MEASURED), expected.checkpoints().drop(columns=MEASURED), check_exact=True
+    )
+    pd.testing.assert_frame_equal(
+        found.cases().drop(columns="edit_seconds"), expected.cases().drop(columns="edit_seconds"), check_exact=True
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> RunStore:
+    """Six edits, questioned after two, four and six, without a stop."""
+    return run(config(tmp_path_factory.mktemp("whole"), 6, [2, 4])).store
+
+
+# --- Rows --------------------------------------------------------------------------------------------------
+
+
+def test_each_checkpoint_has_a_row_with_scores_cost_and_what_it_is_about(whole: RunStore) -> None:
+    rows = whole.checkpoints()
+    assert rows["n"].tolist() == rows["items"].tolist() == [2, 4, 6]  # n is always among them
+    assert whole.cases()["n"].value_counts().to_dict() == {2: 2, 4: 4, 6: 6}
+    for name in ("rel", "gen", "loc", "op", "same_subject", "same_relation", "held_out"):
+        assert rows[name].between(0, 1).all()
+        assert (rows[f"{name}_low"] <= rows[name]).all()
+        assert (rows[name] <= rows[f"{name}_high"]).all()
+    np.testing.assert_allclose(rows["op"], (rows["rel"] * rows["gen"] * rows["loc"]) ** (1 / 3))
+    assert (rows[[*MEASURED, "side_parameters"]] > 0).all().all()
+    assert rows["edit_seconds"].is_monotonic_increasing
+    np.testing.assert_allclose(rows["edits_per_second"], rows["n"] / rows["edit_seconds"])
+    described = rows[["model", "method", "dataset", "protocol", "seed"]].drop_duplicates()
+    assert described.to_numpy().tolist() == [["tiny", "drift", "facts", "greedy", 42]]
+    assert (whole.path / "config.yaml").exists()
+    assert json.loads((whole.path / "environment.json").read_text())["device"] == "cpu"
+
+
+def test_a_row_is_the_mean_of_its_cases(whole: RunStore) -> None:
+    means = whole.cases().groupby("n")[["rel", "gen", "loc", "held_out", "rel_base"]].mean()
+    rows = whole.checkpoints().set_index("n")
+    pd.testing.assert_frame_equal(rows[means.columns], means)
+
+
+def test_later_edits_change_the_answers_about_earlier_cases(whole: RunStore) -> None:
+    """Each checkpoint questions its whole prefix again, on the model of that moment."""
+    cases = whole.cases()
+    early, late = (cases.loc[cases["n"] == n, "rel_answers"].map(list).tolist()[:2] for n in (2, 6))
+    assert early != late
+
+
+def test_failed_edits_and_warnings_stand_in_the_row_and_in_the_notes(tmp_path: Path) -> None:
+    method = {**config(tmp_path, 4)["method"], "failing": ["1", "2"], "remarks": ["mind the gap", "and the step"]}
+    result = run(config(tmp_path, 4, [2], method=method))
+    assert result.rows["failed_edits"].tolist() == [1, 2]
+    assert result.rows["warnings"].tolist() == ["mind the gap\nand the step"] * 2
+    assert notes(result.rows) == [
+        "N=2: 1 edits failed; see edit_problem in cases.parquet",
+        "N=4: 2 edits failed; see edit_problem in cases.parquet",
+        "mind the gap",
+        "and the step",
+    ]
+    cases = result.store.cases()
+    problems = cases.loc[cases["n"] == 4].set_index("case_id")["edit_problem"].dropna()
+    assert problems.to_dict() == {"1": "it would not", "2": "it would not"}
+
+
+# --- Going on ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("save_every", "stop", "written_again"),
+    [(0, "1", 0), (0, "2", 0), (0, "3", 0), (0, "5", 0), (1e9, "3", 1), (1e9, "4", 0), (1e9, "5", 1)],
+)
+def test_a_stopped_run_goes_on_where_it_was_saved_and_ends_like_one_without_a_stop(
+    tmp_path: Path, whole: RunStore, save_every: float, stop: str, written_again: int
+) -> None:
+    """Saved after every edit, or at checkpoints alone: then what came after the last one is written again."""
+    values = config(tmp_path, 6, [2, 4], save_every=save_every)
+    run_until(values, stop, RuntimeError("broken"))
+    assert DriftEditor.written == list("012345"[: int(stop)])
+    result = run(values)
+    assert DriftEditor.written[int(stop) :] == list("012345"[int(stop) - written_again :])
+    assert_same_numbers(result.store, whole)
+
+
+def test_a_stopped_run_may_be_stopped_again(tmp_path: Path, whole: RunStore) -> None:
+    values = config(tmp_path, 6, [2, 4])
+    problems: list[BaseException] = [RuntimeError("broken"), KeyboardInterrupt(), UserError("the disk is full")]
+    for stop, problem in zip("134", problems, strict=True):
+        run_until(values, stop, problem)
+    assert_same_numbers(run(values).store, whole)
+    assert DriftEditor.written == list("012345")
+
+
+def test_slices_of_edits_end_at_checkpoints(tmp_path: Path, whole: RunStore) -> None:
+    """An editor that likes three cases at once: the numbers are those of one at a time."""
+    method = {**config(tmp_path, 6)["method"], "slice_size": 3}
+    result = run(config(tmp_path, 6, [2, 4], method=method))
+    same = result.store.checkpoints().drop(columns=[*MEASURED, "run"])
+    pd.testing.assert_frame_equal(same, whole.checkpoints().drop(columns=[*MEASURED, "run"]), check_exact=True)
+
+
+def test_editor_hears_of_the_whole_stream_first_and_settles_before_each_questioning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard: list[str] = []
+    monkeypatch.setattr(DriftEditor, "expect", lambda _self, cases: heard.append(f"{len(cases)} cases"))
+    monkeypatch.setattr(DriftEditor, "settle", lambda _self: heard.append(f"settled {DriftEditor.written}"))
+    run(config(tmp_path, 3, [2]))
+    assert heard == ["3 cases", "settled ['0', '1']", "settled ['0', '1', '2']"]
+
+
+def test_a_longer_run_goes_on_from_a_shorter_one(tmp_path: Path, whole: RunStore) -> None:
+    first = run(config(tmp_path, 2))
+    assert first.rows["n"].tolist() == [2]
+    second = run(config(tmp_path, 6, [2, 4]))
+    assert second.store.path == first.store.path
+    assert DriftEditor.written == list("012345")  # nothing twice
+    assert second.rows["n"].tolist() == [2, 4, 6]
+    assert_same_numbers(second.store, whole)
+    pd.testing.assert_frame_equal(second.rows.head(1)[MEASURED], first.rows[MEASURED])  # the row itself was kept
+
+
+def test_one_stream_of_edits_is_questioned_under_several_protocols(tmp_path: Path, whole: RunStore) -> None:
+    """Each protocol has rows of its own, those of a run under it alone; one that is asked later edits again."""
+    both = run(config(tmp_path / "both", 6, [2, 4], protocol=["teacher_forced", "greedy"]))
+    assert DriftEditor.written == list("012345")
+    assert both.rows[["n", "protocol"]].to_numpy().tolist() == [
+        [n, protocol] for protocol in ("greedy", "teacher_forced") for n in (2, 4, 6)
+    ]
+    greedy = both.store.checkpoints().query("protocol == 'greedy'").drop(columns=MEASURED)
+    pd.testing.assert_frame_equal(greedy, whole.checkpoints().drop(columns=MEASURED), check_exact=True)
+    later = run(config(tmp_path / "later", 6, [2, 4]))
+    added = run(config(tmp_path / "later", 6, [2, 4], protocol="teacher_forced"))
+    assert added.store.path == later.store.path
+    assert added.rows["protocol"].tolist() == ["teacher_forced"] * 3
+    assert_same_numbers(added.store, both.store)
+    assert run(config(tmp_path / "later", 4, [2], protocol=["greedy", "teacher_forced"])).reused
+
+
+def test_an_earlier_checkpoint_that_is_missing_starts_over_and_keeps_the_rest(tmp_path: Path, whole: RunStore) -> None:
+    first = run(config(tmp_path, 6, [4]))
+    before = first.store.checkpoints()
+    DriftEditor.written.clear()
+    second = run(config(tmp_path, 6, [2, 4]))
+    assert DriftEditor.written == list("01")
+    assert_same_numbers(second.store, whole)
+    pd.testing.assert_frame_equal(second.store.checkpoints().tail(2).reset_index(drop=True), before)
+    run(config(tmp_path, 7))
+    assert DriftEditor.written == list("016")  # the state after six edits was not given up for the one after two
+
+
+def test_a_finished_run_is_given_back_without_loading_a_model(
+    tmp_path: Path, whole: RunStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("a model was loaded")
+
+    first = run(config(tmp_path, 6, [2, 4]))
+    monkeypatch.setattr(stream, "load_model", refuse)
+    again = run(config(tmp_path, 6, [2, 4]))
+    assert not first.reused
+    assert again.reused
+    pd.testing.assert_frame_equal(again.rows, first.rows)
+    part = run(config(tmp_path, 4))  # also for a shorter one that it passed through
+    assert part.reused
+    assert part.rows["n"].tolist() == [4]
+    with pytest.raises(AssertionError, match="a model was loaded"):
+        run(config(tmp_path, 5))
+
+
+def test_force_runs_all_of_it_again(tmp_path: Path) -> None:
+    run(config(tmp_path, 6, [2]))
+    DriftEditor.written.clear()
+    again = run(config(tmp_path, 4, [2], force=True))
+    assert DriftEditor.written == list("0123")
+    assert not again.reused
+    assert again.store.checkpoints()["n"].tolist() == [2, 4]
+    assert again.store.cases()["n"].value_counts().to_dict() == {2: 2, 4: 4}
+
+
+def test_force_gives_nothing_up_before_the_model_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*_: object, **__: object) -> None:
+        raise UserError("the hub is gone")
+
+    store = run(config(tmp_path, 2)).store
+    monkeypatch.setattr(stream, "load_model", missing)
+    with pytest.raises(UserError, match="the hub is gone"):
+        run(config(tmp_path, 2, force=True))
+    assert store.checkpoints()["n"].tolist() == [2]
+
+
+def test_base_answers_are_asked_once_for_all_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(config(tmp_path, 2))
+    kept = next((tmp_path / "base_answers").iterdir()).read_text()
+    asked: list[int] = []
+    ask = Examiner.ask
+
+    def counting(self: Any, questions: Sequence[Any], *rest: Any) -> Any:
+        asked.append(len(questions))
+        return ask(self, questions, *rest)
+
+    monkeypatch.setattr(Examiner, "ask", counting)
+    other = run(config(tmp_path, 2, seed=1))  # another run of the same model
+    assert not other.reused
+    assert len(asked) == 1  # the edited model alone
+    assert next((tmp_path / "base_answers").iterdir()).read_text() == kept
+
+
+# --- Data that changed -------------------------------------------------------------------------------------
+
+
+def from_file(path: Path) -> dict[str, Any]:
+    with hydra.initialize_config_dir(str(resource("conf")), version_base="1.3"):
+        composed = hydra.compose(
+            "config",
+            ["dataset=zsre", f"dataset.path={path}", "dataset.locality_source=record", "dataset.target=alt"],
+        )
+    return {"dataset": resolved(composed)["dataset"]}
+
+
+def write_facts(path: Path, n: int, **changes: str) -> None:
+    """Facts in the ZsRE schema; the second record with fields of its own."""
+    facts = list(records(1, stop=n))
+    facts[1] |= changes
+    path.write_text(to_json(facts))
+
+
+@pytest.mark.parametrize("stop", [None, "3"])
+@pytest.mark.parametrize("checkpoints", [[2], [1, 2]])
+def test_a_run_whose_data_changed_meanwhile_says_so_and_keeps_its_rows(
+    tmp_path: Path, stop: str | None, checkpoints: list[int]
+) -> None:
+    """Whether it was finished or stopped, and also when it would have to start over for an earlier checkpoint."""
+    path = tmp_path / "edits.json"
+    write_facts(path, 5)
+    values = config(tmp_path, 4, [2], **from_file(path))
+    if stop:
+        run_until(values, stop, RuntimeError("broken"))
+    else:
+        run(values)
+    store = next((tmp_path / "runs").iterdir())
+    before = (store / "checkpoints.csv").read_text()
+    write_facts(path, 5, alt="something else")
+    with pytest.raises(UserError) as caught:
+        run({**values, "checkpoints": checkpoints})
+    assert str(caught.value) == (
+        f"{store} was made with other cases (the data changed since); start again with force=true, or keep it by "
+        "choosing another results_dir="
+    )
+    assert (store / "checkpoints.csv").read_text() == before
+    again = run({**values, "force": True})
+    assert again.rows["n"].tolist() == [2, 4]
+    assert "something else" in again.store.cases()["target"].tolist()
+
+
+def test_data_that_only_grew_goes_on(tmp_path: Path) -> None:
+    path = tmp_path / "edits.json"
+    write_facts(path, 2)
+    run(config(tmp_path, 2, **from_file(path)))
+    write_facts(path, 5)
+    assert run(config(tmp_path, 4, [2], **from_file(path))).rows["n"].tolist() == [2, 4]
+    assert DriftEditor.written == list("0123")
+
+
+def test_a_method_that_needs_subjects_says_so_before_it_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "edits.json"
+    file.write_text('[{"src": "Who founded it?", "answers": ["Lucan Vey"]}]', encoding="utf-8")
+    monkeypatch.setattr(DriftEditor, "needs_subject", True)
+    target = {"_target_": "horen_bench.datasets.zsre.Zsre", "name": "zsre", "path": str(file), "train_path": None}
+    rules = {"strip_nq_prefix": False, "append_question_mark": False, "conflicts": "keep"}
+    dataset = {**target, **rules, "target": "answers", "locality_source": "record"}
+    values = {**config(tmp_path, 1), "dataset": dataset}
+    with pytest.raises(UserError, match=r"writes at the subject of each case, and dataset=zsre has none"):
+        stream.run(values, Console(file=io.StringIO()))
+
+
+def test_locality_that_another_edit_touches_is_noted_or_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "edits.json"
+    write_facts(path, 6, loc=next(records(1, stop=1))["src"])
+    touched = "N=6: 1 locality probes are touched by another edit and"
+    all_of_it = run(config(tmp_path, 6, **from_file(path)))
+    assert notes(all_of_it.rows) == [f"{touched} count in Loc; locality=clean leaves them out"]
+    assert all_of_it.rows["loc_items"].tolist() == [6]
+    clean = run(config(tmp_path, 6, locality="clean", **from_file(path)))
+    assert notes(clean.rows) == ["N=6: loc covers 5 of 6 cases", f"{touched} were left out"]
+    assert clean.rows["loc_items"].tolist() == [5]
+
+
+# --- Killed ------------------------------------------------------------------------------------------------
+
+# One process imports everything; each run is a fork of it that calls the command line, so that a kill
+# takes a real process at an exact place and a run costs a second, not its imports.
+KILLER = """
+import itertools, json, os, signal, sys, time
+from pathlib import Path
+from types import SimpleNamespace
+from horen_bench import runner as stream
+from horen_bench.__main__ import main
+from horen_bench.editors.horen.editor import HorenEditor
+from horen_bench.results.store import RunStore
+
+folder = Path(sys.argv[1])
+stream.time = SimpleNamespace(monotonic=itertools.count(1000, 1000).__next__)  # saved after every slice
+
+def watched(owner, name, kill_at=0, after=False):
+    calls = []
+    function = getattr(owner, name)
+    def call(*args, **kwargs):
+        calls.append(name)
+        if len(calls) == kill_at and not after:
+            os.kill(os.getpid(), signal.SIGKILL)
+        result = function(*args, **kwargs)
+        if len(calls) == kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+    setattr(owner, name, call)
+    return calls
+
+def start(name, *overrides, kill=None):
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        log = os.open(folder / f"{name}.log", os.O_CREAT | os.O_APPEND | os.O_WRONLY)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        counts = {name: watched(*place) for name, place in PLACES.items()} if kill is None else {}
+        if kill:
+            watched(*PLACES[kill[0]], kill_at=kill[1], after=kill[0] == "rename")
+        sys.argv = ["horen_bench", "n=4", "checkpoints=[2]", "method.n_steps=3", "save_every=0", "device=cpu",
+                    f"results_dir={folder / name}", *overrides]
+        main()
+        (folder / f"{name}.json").write_text(json.dumps({name: len(calls) for name, calls in counts.items()}))
+        code = 0
+    finally:
+        sys.stdout.flush()
+        os._exit(code)
+
+def end(pid):
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+PLACES = {"flush": (os, "fsync"), "rename": (Path, "replace"), "edit": (HorenEditor, "edit")}
+codes = {"whole": [end(start("whole"))]}
+n = json.loads((folder / "whole.json").read_text())
+kills = [
+    ("flush", n["flush"] // 2),    # the first state
+    ("flush", n["flush"] - 1),     # cases of the last checkpoint
+    ("flush", n["flush"]),         # its row, while its cases are there
+    ("rename", n["rename"] - 2),   # the last state is in its place, the checkpoint not
+    ("edit", n["edit"]),
+]
+for place, k in kills:
+    name = f"{place}-{k}"
+    codes[name] = [end(start(name, kill=(place, k))), end(start(name))]
+
+# From outside, at a moment that nothing chose.
+pid = start("outside", "n=2000", "checkpoints=[]")
+deadline = time.monotonic() + 60
+while not list(folder.glob("outside/runs/*/state/*.safetensors")):
+    time.sleep(0.01)
+    assert time.monotonic() < deadline
+time.sleep(0.1)
+os.kill(pid, signal.SIGKILL)
+code = end(pid)
+(run,) = folder.glob("outside/runs/*")
+further = f"n={len(RunStore(run).load_state()[1]['records']) + 1}"
+codes["outside"] = [code, end(start("outside", further, "checkpoints=[]"))]
+codes["outside-whole"] = [end(start("outside-whole", further, "checkpoints=[]"))]
+print(json.dumps(codes))
+"""
+
+
+def test_a_run_killed_at_any_moment_goes_on_with_the_same_command_to_the_same_numbers(tmp_path: Path) -> None:
+    """SIGKILL just before a file is flushed (its temporary copy is left behind), just after one took its
+    place, in the middle of editing, and from outside."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", KILLER, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=240)
+    assert done.returncode == 0, done.stderr
+    codes = json.loads(done.stdout)
+    stores = {name: RunStore(next((tmp_path / name / "runs").iterdir())) for name in codes}
+    assert codes.pop("whole") == codes.pop("outside-whole") == [0]
+    assert len(codes) == 6
+    for name, code in codes.items():
+        assert code == [-9, 0], (name, (tmp_path / f"{name}.log").read_text())
+        assert_same_numbers(stores[name], stores["outside-whole" if name == "outside" else "whole"])
+    left_behind = [path.name for name in codes for path in (tmp_path / name).rglob("*.tmp")]
+    assert left_behind == []  # what a killed process left half-written is gone with the next run
+
+
+# --- Asking no more than necessary -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["horen", "grace_norm"])
+def test_answers_that_are_known_without_asking_are_those_that_asking_gives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """At each checkpoint everything is asked as well; the stream writes the same prompts again, changed or not."""
+    path = tmp_path / "edits.json"
+    facts = list(records(1, stop=12))
+    again = [one | {"alt": facts[-1 - i]["alt"]} if i % 2 else one for i, one in enumerate(facts)]
+    path.write_text(to_json([*facts, *again]))
+    known: list[int] = []
+    answers = Exam.answers
+
+    def compared(self: Exam, questions: Any, chosen: Any, routes: Any, advance: Any) -> Any:
+        asked: list[int] = []
+        ask = Examiner.ask
+
+        def counting(examiner: Examiner, some: Any, *rest: Any) -> Any:
+            asked.append(len(some))
+            return ask(examiner, some, *rest)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Examiner, "ask", counting)
+            found = answers(self, questions, chosen, routes, advance)
+        assert found == self.examiner.ask([questions[i] for i in chosen])
+        known.append(len(chosen) - sum(asked))
+        return found
+
+    monkeypatch.setattr(Exam, "answers", compared)
+    values = resolved(
+        composed([
+            f"method={method}", "method.threshold=0.6", "method.n_steps=5", "dataset=zsre", f"dataset.path={path}",
+            "dataset.target=alt", "dataset.locality_source=record", "n=24", "checkpoints=[6,12,18]",
+            "protocol=[greedy,teacher_forced,release]", f"results_dir={tmp_path}", "device=cpu",
+        ])
+    )  # fmt: skip
+    actions = set(run(values).store.cases()["edit_action"])
+    assert len(actions) >= 2, "some prompts met an entry"
+    assert len(known) == 12
+    assert all(later > 24 for later in known[6:]), "more than the locality questions is known later on"
