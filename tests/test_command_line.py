@@ -54,28 +54,21 @@ def known(group: str) -> str:
     return ", ".join(sorted(path.stem for path in (resource("conf") / group).glob("*.yaml")))
 
 
+# What only the model, the machine or the files can tell; wrong settings have tests/config/test_wrong_command_lines.py.
 REFUSED = [
-    (["nn=5"], "nn: there is no such setting; python -m horen_bench --help lists them all"),
-    (["method.treshold=0.7"], "method.treshold: there is no such setting; did you mean method.threshold?"),
-    (["checkpoint=[5]"], "checkpoint: there is no such setting; did you mean checkpoints?"),
-    (["zzzzzz=5"], "zzzzzz: there is no such setting; python -m horen_bench --help lists them all"),
-    (["method=horn"], f"method=horn: there is no such method; write one of {known('method')}"),
-    (["model=gpt5"], f"model=gpt5: there is no such model; write one of {known('model')}"),
-    (["dataset=zsr"], f"dataset=zsr: there is no such dataset; write one of {known('dataset')}"),
-    (["n=0"], "n must hold whole numbers of at least 1, got 0"),
-    (["n=many"], "n must hold whole numbers of at least 1, got 'many'"),
-    (["checkpoints=5"], "checkpoints must be a list such as [100,500,1000], got 5"),
-    (["checkpoints=[5,x]"], "checkpoints must hold whole numbers of at least 1, got 'x'"),
-    (["seed=-1"], "seed must be a whole number of at least 0, got -1"),
-    (["~tracker"], "~tracker leaves the run without a tracker; write tracker=... (--help lists them) instead"),
-    (["protocol=[]"], "protocol is an empty list; write one protocol, or several such as [greedy,release]"),
-    (["protocol=[greedy,fair]"], "protocol=fair is unknown; write one of greedy, teacher_forced, release, text"),
-    (["protocol=fair"], "protocol=fair is unknown; write one of greedy, teacher_forced, release, text"),
     (["method.module=model.layers.4.mlp.down_proj"],
      "method.module=model.layers.4.mlp.down_proj: LlamaForCausalLM has no such module; model.layers has 4 entries, "
      "0 to 3"),
-    (["device=abacus"], "device=abacus cannot be used here (..."),
-    (["model.dtype=int8", "n=2"], "model.dtype=int8 is no floating-point dtype; write float32, bfloat16 or float16"),
+    (["method.module=model.layers.2.mlp.down"],
+     "method.module=model.layers.2.mlp.down: LlamaForCausalLM has no such module; model.layers.2.mlp has "
+     "gate_proj, up_proj, down_proj, act_fn"),
+    (["method.module=model.layers.2.mlp"],
+     "method.module=model.layers.2.mlp is a LlamaMLP; a linear module is needed"),
+    (["model.hub_id=./nowhere"],
+     "model.hub_id=./nowhere: there is no such folder; give a hub id or an existing folder"),
+    (["model.hub_id=embedded:large"],
+     "model.hub_id=embedded:large: no such embedded model; the package brings embedded:tiny"),
+    (["device=cuda:99"], "device=cuda:99 cannot be used here (..."),
     (["dataset=zsre", "dataset.locality_source=record", "dataset.path=there/is/none.json"],
      "there/is/none.json does not exist..."),
     (["n=200000000"], "n=200000000 is more than facts stream 1 holds; write n=700000 or less"),
@@ -101,21 +94,6 @@ def test_what_cannot_be_run_is_answered_with_one_sentence(
     assert not [path for path in tmp_path.rglob("*") if path.suffix in (".csv", ".parquet", ".safetensors")]
 
 
-@pytest.mark.parametrize(
-    ("words", "sentence"),
-    [
-        (["dataset=zsre", "dataset.target=other"], "dataset.target must be one of answers, alt; got 'other'"),
-        (["tracker=wandb", "tracker.mode=other"],
-         "tracker.mode must be online or offline, got 'other'; tracker=none turns tracking off."),
-    ],
-)  # fmt: skip
-def test_a_refusal_by_dataset_or_tracker_is_a_sentence_too(command: Command, words: list[str], sentence: str) -> None:
-    done = command(*words)
-    assert done.code == 2
-    assert done.err.startswith(f"error: {sentence}")
-    assert done.err.count("\n") == 1
-
-
 # --- Runs --------------------------------------------------------------------------------------------------
 
 
@@ -130,7 +108,7 @@ def test_a_run_prints_its_table_and_where_it_is_and_a_second_call_prints_it_agai
     table = first.out[first.out.index("horen on tiny") : first.out.index("stored: ")]
     assert again.out[again.out.index("horen on tiny") :].startswith(table)
     assert "already finished, nothing was run (force=true runs it again): results/runs/" in again.out
-    assert "asking" not in again.out
+    assert "evaluating" not in again.out
 
 
 def test_a_sweep_goes_on_after_a_member_that_fails_and_its_runs_share_their_edits(
@@ -138,7 +116,7 @@ def test_a_sweep_goes_on_after_a_member_that_fails_and_its_runs_share_their_edit
 ) -> None:
     done = command("-m", "n=3,0,5", "checkpoints=[]", *QUICK)
     assert done.code == 2
-    assert done.err == "error: n must hold whole numbers of at least 1, got 0\n"
+    assert done.err == "error: n must be at least 1, got 0\n"
     (folder,) = (tmp_path / "results" / "runs").iterdir()
     assert pd.read_csv(folder / "checkpoints.csv")["n"].tolist() == [3, 5]
     assert done.out.count("stored: ") == 2
@@ -162,8 +140,16 @@ def test_help_names_every_choice_and_the_settings(command: Command) -> None:
     assert done.code == 0
     for group in ("model", "method", "dataset", "tracker"):
         assert f"{group}: {known(group)}" in done.out
-    for setting in ("n, checkpoints, protocol", "results_dir, force", "device, threads, batch_size"):
-        assert setting in done.out
+    for setting in ("n", "checkpoints", "results_dir", "device", "method.threshold"):
+        assert f"  {setting}=" in done.out
+
+
+def test_a_model_folder_is_checked_by_its_own_configuration(command: Command, tmp_path: Path) -> None:
+    values = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **values}))
+    done = command(f"model.hub_id={tmp_path}", *QUICK)
+    assert done.code == 2
+    assert done.err.endswith("model.layers has 2 entries, 0 to 1\n")
 
 
 # --- A process of its own ----------------------------------------------------------------------------------

@@ -2,18 +2,23 @@
 
 import os
 import sys
+from typing import TYPE_CHECKING
 
 import hydra
 from hydra.errors import HydraException
 from omegaconf import DictConfig
-from rich.console import Console
+from omegaconf.errors import OmegaConfBaseException
 
-from horen_bench.config.compose import plain_words
-from horen_bench.config.settings import resolved
+from horen_bench.config.compose import in_words, validated
+from horen_bench.config.help import help_text
+from horen_bench.config.schema import RunConfig
 from horen_bench.errors import UserError
 from horen_bench.paths import resource
-from horen_bench.results.console import checkpoint_tables, notes
-from horen_bench.runner import RunResult, run
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from horen_bench.runner import RunResult
 
 _ERROR, _INTERRUPTED = 2, 130
 
@@ -23,15 +28,21 @@ def main() -> None:
 
     In a sweep a run that fails says why, and the others go on.
     """
+    words = sys.argv[1:]
+    overrides = [word for word in words if not word.startswith("-")]
+    if "--help" in words or "-h" in words:
+        print(help_text(overrides))  # noqa: T201
+        return
     failed: list[str] = []
+    started: list[bool] = []
     main_process = os.getpid()
     wants_traceback = "HYDRA_FULL_ERROR" in os.environ
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its errors on instead of printing and exiting
 
-    def job(config: DictConfig) -> None:
-        console = Console()
+    def job(composed: DictConfig) -> None:
+        started.append(True)
         try:
-            _show(run(resolved(config), console), console)
+            _run_and_show(validated(composed))
         except UserError as error:
             if wants_traceback:
                 raise
@@ -43,12 +54,12 @@ def main() -> None:
     try:
         hydra.main(version_base="1.3", config_path=str(resource("conf")), config_name="config")(job)()
     except KeyboardInterrupt:
-        Console().print("interrupted; the same command goes on from the last saved edit")
+        print("interrupted; the same command goes on from the last saved edit")  # noqa: T201
         sys.exit(_INTERRUPTED)
-    except HydraException as error:
-        if wants_traceback:
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        if wants_traceback or started:
             raise
-        _complain(plain_words(error))
+        _complain(in_words(error, overrides))
         sys.exit(_ERROR)
     except UserError as error:
         if wants_traceback:
@@ -58,7 +69,22 @@ def main() -> None:
         sys.exit(_ERROR)
 
 
-def _show(result: RunResult, console: Console) -> None:
+def _run_and_show(config: RunConfig) -> None:
+    """One run, its tables and notes.
+
+    What it needs is imported here: a refusal and a page of help need none of it.
+    """
+    from rich.console import Console  # noqa: PLC0415
+
+    from horen_bench.runner import run  # noqa: PLC0415
+
+    console = Console()
+    _show(run(config, console), console)
+
+
+def _show(result: "RunResult", console: "Console") -> None:
+    from horen_bench.results.console import checkpoint_tables, notes  # noqa: PLC0415
+
     console.print(checkpoint_tables(result.rows))
     problem = [result.tracking_problem] if result.tracking_problem else []
     for note in [*notes(result.rows), *problem]:
@@ -68,7 +94,7 @@ def _show(result: RunResult, console: Console) -> None:
 
 
 def _complain(sentence: str) -> None:
-    Console(stderr=True).print(f"error: {sentence}", highlight=False, markup=False, soft_wrap=True)
+    sys.stderr.write(f"error: {sentence}\n")
 
 
 if __name__ == "__main__":
