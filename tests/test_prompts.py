@@ -7,26 +7,20 @@ from transformers import PreTrainedTokenizerBase
 
 from horen_bench.errors import UserError
 from horen_bench.prompts import (
+    PromptEncoder,
     Side,
     announced_prompt,
-    encode_continuations,
-    encode_edit,
-    encode_plain,
-    encode_prompts,
-    encode_texts,
     last_prompt_positions,
     move_padding_left,
     pad,
-    pad_id_of,
     prompt_mask,
-    with_chat_template,
 )
 
 CPU = torch.device("cpu")
 PROMPT, TARGET = "Who founded Brightwater?", "Lucan Vey"
 
 
-def seen(n_rows: int, width: int, attention_mask: Tensor | None = None) -> list[list[int]]:
+def mask_of(n_rows: int, width: int, attention_mask: Tensor | None = None) -> list[list[int]]:
     """The prompt mask of a forward pass over `(n_rows, width)` tokens."""
     return prompt_mask((n_rows, width), attention_mask, CPU).int().tolist()
 
@@ -37,7 +31,7 @@ def seen(n_rows: int, width: int, attention_mask: Tensor | None = None) -> list[
 def test_an_edit_is_prompt_space_target_with_the_ids_of_the_prompt_alone_in_front(
     golden_tokenizer: PreTrainedTokenizerBase,
 ) -> None:
-    edit = encode_edit(golden_tokenizer, PROMPT, TARGET)
+    edit = PromptEncoder(golden_tokenizer).edit(PROMPT, TARGET)
     assert list(edit.prompt) == golden_tokenizer(PROMPT)["input_ids"]
     assert list(edit.ids) == golden_tokenizer(f"{PROMPT} {TARGET}")["input_ids"]
     assert golden_tokenizer.decode(list(edit.target)) == " Lucan Vey"
@@ -46,14 +40,14 @@ def test_an_edit_is_prompt_space_target_with_the_ids_of_the_prompt_alone_in_fron
 def test_bos_opens_the_prompt_where_the_tokenizer_adds_one_and_the_target_never(
     golden_tokenizer: PreTrainedTokenizerBase, bosless_tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    with_bos, without = (encode_edit(t, PROMPT, TARGET) for t in (golden_tokenizer, bosless_tokenizer))
+    with_bos, without = (PromptEncoder(t).edit(PROMPT, TARGET) for t in (golden_tokenizer, bosless_tokenizer))
     assert with_bos.prompt == (golden_tokenizer.bos_token_id, *without.prompt)
     assert with_bos.target == without.target
     assert golden_tokenizer.bos_token_id not in with_bos.target
 
 
 def test_no_eos_is_appended(golden_tokenizer: PreTrainedTokenizerBase) -> None:
-    assert golden_tokenizer.eos_token_id not in encode_edit(golden_tokenizer, PROMPT, TARGET).ids
+    assert golden_tokenizer.eos_token_id not in PromptEncoder(golden_tokenizer).edit(PROMPT, TARGET).ids
 
 
 @pytest.mark.parametrize("prompt", ["Who founded ", "Who founded  ", "Who found", "", "1927\n"])
@@ -63,8 +57,8 @@ def test_the_border_never_moves_the_ids_of_the_prompt(
     name: str, prompt: str, target: str, request: pytest.FixtureRequest
 ) -> None:
     tokenizer: PreTrainedTokenizerBase = request.getfixturevalue(name)
-    edit = encode_edit(tokenizer, prompt, target)
-    assert list(edit.prompt) == encode_prompts(tokenizer, [prompt])[0]
+    edit = PromptEncoder(tokenizer).edit(prompt, target)
+    assert list(edit.prompt) == PromptEncoder(tokenizer).prompts([prompt])[0]
     assert tokenizer.decode(list(edit.ids), skip_special_tokens=True) == f"{prompt} {target}"
 
 
@@ -75,26 +69,27 @@ def test_where_the_tokenizer_would_merge_over_the_border_both_sides_are_encoded_
     golden_tokenizer.add_tokens(["  Lucan"])
     joint = golden_tokenizer("Who founded  Lucan")["input_ids"]
     assert joint[-2] != 222
-    edit = encode_edit(golden_tokenizer, "Who founded ", "Lucan")
+    edit = PromptEncoder(golden_tokenizer).edit("Who founded ", "Lucan")
     assert edit.prompt[-1] == 222
-    assert list(edit.target) == encode_continuations(golden_tokenizer, ["Lucan"])[0]
+    assert list(edit.target) == PromptEncoder(golden_tokenizer).continuations(["Lucan"])[0]
 
 
 @pytest.mark.parametrize("name", ["golden_tokenizer", "bosless_tokenizer"])
 def test_an_empty_target_has_no_tokens(name: str, request: pytest.FixtureRequest) -> None:
-    assert encode_edit(request.getfixturevalue(name), PROMPT, "").target == ()
+    assert PromptEncoder(request.getfixturevalue(name)).edit(PROMPT, "").target == ()
 
 
 def test_continuations_carry_the_leading_space_that_plain_texts_lack(
     golden_tokenizer: PreTrainedTokenizerBase,
 ) -> None:
     # From tokens.json: " Ostrander Motors" starts with 298, "Ostrander Motors" with 48.
-    assert encode_continuations(golden_tokenizer, ["Ostrander Motors"])[0][0] == 298
-    assert encode_plain(golden_tokenizer, ["Ostrander Motors"])[0][0] == 48
+    assert PromptEncoder(golden_tokenizer).continuations(["Ostrander Motors"])[0][0] == 298
+    assert PromptEncoder(golden_tokenizer).plain(["Ostrander Motors"])[0][0] == 48
 
 
 def test_no_texts_give_no_rows(golden_tokenizer: PreTrainedTokenizerBase) -> None:
-    assert [f(golden_tokenizer, []) for f in (encode_prompts, encode_continuations, encode_plain)] == [[]] * 3
+    encoder = PromptEncoder(golden_tokenizer)
+    assert encoder.prompts([]) == encoder.texts([]) == encoder.continuations([]) == encoder.plain([]) == []
 
 
 # --- Padding -------------------------------------------------------------------------------------------
@@ -132,11 +127,11 @@ def test_padding_falls_back_from_the_pad_token_to_eos_to_zero(
     bosless_tokenizer.eos_token = "z"
     z = bosless_tokenizer.convert_tokens_to_ids("z")
     assert z != 0
-    assert pad_id_of(bosless_tokenizer) == z
+    assert PromptEncoder(bosless_tokenizer).pad_id == z
     bosless_tokenizer.pad_token = "y"
-    assert pad_id_of(bosless_tokenizer) == bosless_tokenizer.convert_tokens_to_ids("y")
+    assert PromptEncoder(bosless_tokenizer).pad_id == bosless_tokenizer.convert_tokens_to_ids("y")
     bosless_tokenizer.pad_token = bosless_tokenizer.eos_token = None
-    assert pad_id_of(bosless_tokenizer) == 0
+    assert PromptEncoder(bosless_tokenizer).pad_id == 0
 
 
 def test_trailing_padding_moves_to_the_front_and_leading_padding_stays() -> None:
@@ -156,47 +151,47 @@ def test_padding_moves_under_a_bool_mask_too() -> None:
 
 
 def test_without_announcement_the_prompt_is_what_the_attention_mask_keeps() -> None:
-    assert seen(2, 3) == [[1, 1, 1], [1, 1, 1]]
-    assert seen(2, 3, torch.tensor([[0, 1, 1], [1, 1, 0]])) == [[0, 1, 1], [1, 1, 0]]
+    assert mask_of(2, 3) == [[1, 1, 1], [1, 1, 1]]
+    assert mask_of(2, 3, torch.tensor([[0, 1, 1], [1, 1, 0]])) == [[0, 1, 1], [1, 1, 0]]
 
 
 def test_a_mask_that_is_not_one_entry_per_token_says_nothing_about_the_prompt() -> None:
-    assert seen(1, 2, torch.tensor([[0, 1, 1]])) == [[1, 1]]
-    assert seen(1, 2, torch.zeros(1, 1, 2, 2)) == [[1, 1]]
+    assert mask_of(1, 2, torch.tensor([[0, 1, 1]])) == [[1, 1]]
+    assert mask_of(1, 2, torch.zeros(1, 1, 2, 2)) == [[1, 1]]
 
 
 def test_the_announced_prompt_goes_before_the_attention_mask() -> None:
     with announced_prompt(torch.tensor([[0, 1, 0]])):
-        assert seen(1, 3, torch.tensor([[1, 1, 1]])) == [[0, 1, 0]]
-    assert seen(1, 3, torch.tensor([[1, 1, 1]])) == [[1, 1, 1]]
+        assert mask_of(1, 3, torch.tensor([[1, 1, 1]])) == [[0, 1, 0]]
+    assert mask_of(1, 3, torch.tensor([[1, 1, 1]])) == [[1, 1, 1]]
 
 
 def test_columns_past_the_announced_prompt_are_no_prompt_and_columns_too_many_are_cut() -> None:
     with announced_prompt(torch.tensor([[0, 1, 1]])):
-        assert seen(1, 5) == [[0, 1, 1, 0, 0]]
-        assert seen(1, 2) == [[0, 1]]
+        assert mask_of(1, 5) == [[0, 1, 1, 0, 0]]
+        assert mask_of(1, 2) == [[0, 1]]
 
 
 def test_each_announced_row_stands_for_its_beams_in_a_row() -> None:
     with announced_prompt(torch.tensor([[0, 1], [1, 1]])):
-        assert seen(6, 3) == [[0, 1, 0]] * 3 + [[1, 1, 0]] * 3
+        assert mask_of(6, 3) == [[0, 1, 0]] * 3 + [[1, 1, 0]] * 3
 
 
 def test_an_announcement_for_another_number_of_rows_is_refused() -> None:
     with announced_prompt(torch.ones(2, 2)), pytest.raises(ValueError) as caught:
-        seen(3, 2)
+        mask_of(3, 2)
     assert str(caught.value) == "a prompt announced for 2 rows does not fit a batch of 3 rows"
 
 
 def test_an_inner_announcement_holds_until_its_block_ends_however_it_ends() -> None:
     with announced_prompt(torch.tensor([[1, 0]])):
         with announced_prompt(torch.tensor([[0, 1]])):
-            assert seen(1, 2) == [[0, 1]]
-        assert seen(1, 2) == [[1, 0]]
+            assert mask_of(1, 2) == [[0, 1]]
+        assert mask_of(1, 2) == [[1, 0]]
         with pytest.raises(KeyError), announced_prompt(torch.tensor([[0, 0]])):
             raise KeyError
-        assert seen(1, 2) == [[1, 0]]
-    assert seen(1, 2) == [[1, 1]]
+        assert mask_of(1, 2) == [[1, 0]]
+    assert mask_of(1, 2) == [[1, 1]]
 
 
 def test_the_last_prompt_position_is_found_on_either_side_of_padding() -> None:
@@ -213,44 +208,46 @@ TEMPLATE = (
 
 
 @pytest.fixture
-def chat(golden_tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+def chat(golden_tokenizer: PreTrainedTokenizerBase) -> PromptEncoder:
     golden_tokenizer.chat_template = TEMPLATE
-    return with_chat_template(golden_tokenizer)
+    return PromptEncoder(golden_tokenizer, "model")
 
 
-def test_a_chat_prompt_is_one_turn_of_the_template_with_one_bos(chat: PreTrainedTokenizerBase) -> None:
-    (ids,) = encode_prompts(chat, [PROMPT])
-    assert chat.decode(ids) == f"{chat.bos_token}[user]{PROMPT}[assistant]"
-    assert ids.count(int(cast(Any, chat.bos_token_id))) == 1
+def test_a_chat_prompt_is_one_turn_of_the_template_with_one_bos(chat: PromptEncoder) -> None:
+    (ids,) = chat.prompts([PROMPT])
+    assert chat.tokenizer.decode(ids) == f"{chat.tokenizer.bos_token}[user]{PROMPT}[assistant]"
+    assert ids.count(int(cast(Any, chat.tokenizer.bos_token_id))) == 1
 
 
-def test_a_chat_target_follows_without_a_space_and_ends_with_eos(chat: PreTrainedTokenizerBase) -> None:
-    edit = encode_edit(chat, PROMPT, TARGET)
-    assert list(edit.prompt) == encode_prompts(chat, [PROMPT])[0]
-    assert chat.decode(list(edit.target)) == f"{TARGET}{chat.eos_token}"
-    assert [*edit.target[:-1]] == encode_continuations(chat, [TARGET])[0] == encode_plain(chat, [TARGET])[0]
-    assert encode_edit(chat, PROMPT, " ").target == ()
+def test_a_chat_target_follows_without_a_space_and_ends_with_eos(chat: PromptEncoder) -> None:
+    edit = chat.edit(PROMPT, TARGET)
+    assert list(edit.prompt) == chat.prompts([PROMPT])[0]
+    assert chat.tokenizer.decode(list(edit.target)) == f"{TARGET}{chat.tokenizer.eos_token}"
+    assert [*edit.target[:-1]] == chat.continuations([TARGET])[0] == chat.plain([TARGET])[0]
+    assert chat.edit(PROMPT, " ").target == ()
 
 
-def test_a_question_about_a_chat_target_leaves_eos_out(chat: PreTrainedTokenizerBase) -> None:
-    assert encode_edit(chat, PROMPT, TARGET, closed=False).target == encode_edit(chat, PROMPT, TARGET).target[:-1]
+def test_an_evaluated_chat_target_leaves_eos_out(chat: PromptEncoder) -> None:
+    assert chat.edit(PROMPT, TARGET, closed=False).target == chat.edit(PROMPT, TARGET).target[:-1]
 
 
-def test_texts_for_themselves_stay_outside_the_template(chat: PreTrainedTokenizerBase) -> None:
-    assert chat.decode(encode_texts(chat, [PROMPT])[0]) == f"{chat.bos_token}{PROMPT}"
+def test_texts_for_themselves_stay_outside_the_template(chat: PromptEncoder) -> None:
+    assert chat.tokenizer.decode(chat.texts([PROMPT])[0]) == f"{chat.tokenizer.bos_token}{PROMPT}"
 
 
-def test_only_the_view_chats_though_the_tokenizer_has_the_template(golden_tokenizer: PreTrainedTokenizerBase) -> None:
-    plain = encode_edit(golden_tokenizer, PROMPT, TARGET)
+def test_only_an_encoder_of_the_template_chats(
+    golden_tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    plain = PromptEncoder(golden_tokenizer).edit(PROMPT, TARGET)
     golden_tokenizer.chat_template = TEMPLATE
-    with_chat_template(golden_tokenizer)
-    assert encode_edit(golden_tokenizer, PROMPT, TARGET) == plain
-    assert encode_edit(golden_tokenizer, PROMPT, TARGET, closed=False) == plain
+    PromptEncoder(golden_tokenizer, "model")
+    assert PromptEncoder(golden_tokenizer).edit(PROMPT, TARGET) == plain
+    assert PromptEncoder(golden_tokenizer).edit(PROMPT, TARGET, closed=False) == plain
 
 
 def test_a_tokenizer_without_a_template_is_refused(golden_tokenizer: PreTrainedTokenizerBase) -> None:
     with pytest.raises(UserError) as caught:
-        with_chat_template(golden_tokenizer)
+        PromptEncoder(golden_tokenizer, "model")
     assert str(caught.value) == (
         "template=model: the tokenizer of this model brings no chat template; write template=none, or choose a model "
         "that was trained to chat"

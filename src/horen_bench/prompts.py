@@ -6,7 +6,7 @@ Rules (`template: none`, those of the published code made explicit):
 - a target follows its prompt after one space, and no EOS is appended;
 - padding is known by position (the attention mask), never by id, because `pad` often equals `eos`.
 
-Under `template: model` the tokenizer is a view made by `with_chat_template`, and in editing and questioning alike
+Under `template: model`, in editing and evaluation alike,
 
 - a prompt is one user turn in the model's own chat template, up to where the answer begins; its special tokens are
   all that there are (no second BOS);
@@ -18,7 +18,6 @@ Where the prompt ends
     without an announcement everything that the attention mask keeps is the prompt.
 """
 
-import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -32,12 +31,10 @@ from transformers import PreTrainedTokenizerBase
 from horen_bench.errors import UserError
 
 Side = Literal["left", "right"]
+Template = Literal["none", "model"]
 
 # Scoped to the `with` block and to the thread that opens it: two models never see each other's prompts.
 _announced: ContextVar[Tensor | None] = ContextVar("announced_prompt", default=None)
-
-
-_CHATS = "prompts_stand_in_chat_template"  # an attribute of the view, so that no other tokenizer is concerned
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,73 +68,104 @@ class Batch:
         return (self.attention_mask.cumsum(dim=1) - 1).clamp(min=0)
 
 
-def with_chat_template(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """A view of a tokenizer for which everything here puts prompts into its chat template; it itself stays as it is.
-
-    Raises:
-        UserError: it has no chat template.
-    """
-    if not tokenizer.chat_template:
-        raise UserError(
-            "template=model: the tokenizer of this model brings no chat template; write template=none, or choose a "
-            "model that was trained to chat"
-        )
-    view = copy.copy(tokenizer)
-    setattr(view, _CHATS, True)
-    return view
-
-
-def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[list[int]]:
-    """Token ids of each prompt: default special tokens included, or the whole chat template around it."""
-    if _chats(tokenizer):
-        return _ids(tokenizer, [_as_turn(tokenizer, prompt) for prompt in prompts], special=False)
-    return encode_texts(tokenizer, prompts)
-
-
-def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of each text for itself, default special tokens included, never in a chat template."""
-    return _ids(tokenizer, texts, special=True)
-
-
-def encode_continuations(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of each text as it follows a prompt, no special tokens.
-
-    Its length is `|y|`, the number of tokens an answer is given to decode.
-    """
-    return _ids(tokenizer, [_joint(tokenizer) + text for text in texts], special=False)
-
-
-def encode_plain(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of each text alone, no leading space, no special tokens: for comparing decoded answers."""
-    return _ids(tokenizer, texts, special=False)
-
-
-def encode_edit(tokenizer: PreTrainedTokenizerBase, prompt: str, target: str, *, closed: bool = True) -> EncodedEdit:
-    """Encode `prompt + " " + target` so that its first ids are exactly those of the prompt alone.
-
-    Where the tokenizer merges across the border (a prompt that ends in a space), prompt and target are
-    encoded apart and joined, so that a key read from the prompt alone is the key that was written. A blank target
-    has no ids.
+class PromptEncoder:
+    """Text in, token ids out, for one tokenizer and one template.
 
     Args:
-        tokenizer: of the model, or a view of it `with_chat_template`.
-        prompt: the question.
-        target: the answer.
-        closed: end the target of a chat with EOS, as it is learnt; questions about it leave that out.
+        tokenizer: of the model; it stays as it is.
+        template: `none`: bare prompts; `model`: every prompt is one user turn of the tokenizer's chat template.
+
+    Raises:
+        UserError: `template="model"`, and the tokenizer has no chat template.
     """
-    prompt_ids = encode_prompts(tokenizer, [prompt])[0]
-    if not target.strip():
-        return EncodedEdit(tuple(prompt_ids), ())
-    chats = _chats(tokenizer)
-    text = (_as_turn(tokenizer, prompt) if chats else prompt) + _joint(tokenizer) + target
-    joint = _ids(tokenizer, [text], special=not chats)[0]
-    if joint[: len(prompt_ids)] == prompt_ids:
-        target_ids = joint[len(prompt_ids) :]
-    else:
-        target_ids = encode_continuations(tokenizer, [target])[0]
-    if chats and closed and tokenizer.eos_token_id is not None:
-        target_ids = [*target_ids, int(tokenizer.eos_token_id)]
-    return EncodedEdit(tuple(prompt_ids), tuple(target_ids))
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: Template = "none") -> None:
+        if template == "model" and not tokenizer.chat_template:
+            raise UserError(
+                "template=model: the tokenizer of this model brings no chat template; write template=none, or choose a "
+                "model that was trained to chat"
+            )
+        self.tokenizer = tokenizer
+        self.template = template
+
+    @classmethod
+    def of(cls, given: "PreTrainedTokenizerBase | PromptEncoder") -> "PromptEncoder":
+        """An encoder of bare prompts for a tokenizer; an encoder itself."""
+        return given if isinstance(given, PromptEncoder) else cls(given)
+
+    @property
+    def pad_id(self) -> int:
+        """The id that fills padding: the tokenizer's pad token, else its EOS, else 0 (masked anyway)."""
+        for token_id in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
+            if token_id is not None:
+                return int(token_id)
+        return 0
+
+    @property
+    def _chats(self) -> bool:
+        return self.template == "model"
+
+    @property
+    def _joint(self) -> str:
+        """What stands between a prompt and its target."""
+        return "" if self._chats else " "
+
+    def prompts(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each prompt: default special tokens included, or the whole chat template around it."""
+        if self._chats:
+            return self._ids([self._as_turn(text) for text in texts], special=False)
+        return self.texts(texts)
+
+    def texts(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text for itself, default special tokens included, never in a chat template."""
+        return self._ids(texts, special=True)
+
+    def continuations(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text as it follows a prompt, no special tokens.
+
+        Its length is `|y|`, the number of tokens that a prediction is given to decode.
+        """
+        return self._ids([self._joint + text for text in texts], special=False)
+
+    def plain(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text alone, no leading space, no special tokens: for comparing decoded text."""
+        return self._ids(texts, special=False)
+
+    def edit(self, prompt: str, target: str, *, closed: bool = True) -> EncodedEdit:
+        """Encode `prompt + " " + target` so that its first ids are exactly those of the prompt alone.
+
+        Where the tokenizer merges across the border (a prompt that ends in a space), prompt and target are encoded
+        apart and joined, so that a key read from the prompt alone is the key that was written. A blank target has no
+        ids.
+
+        Args:
+            prompt: of the edit.
+            target: what is to follow it.
+            closed: end the target of a chat with EOS, as it is learnt; evaluation leaves that out.
+        """
+        prompt_ids = self.prompts([prompt])[0]
+        if not target.strip():
+            return EncodedEdit(tuple(prompt_ids), ())
+        text = (self._as_turn(prompt) if self._chats else prompt) + self._joint + target
+        joint = self._ids([text], special=not self._chats)[0]
+        if joint[: len(prompt_ids)] == prompt_ids:
+            target_ids = joint[len(prompt_ids) :]
+        else:
+            target_ids = self.continuations([target])[0]
+        if self._chats and closed and self.tokenizer.eos_token_id is not None:
+            target_ids = [*target_ids, int(self.tokenizer.eos_token_id)]
+        return EncodedEdit(tuple(prompt_ids), tuple(target_ids))
+
+    def _as_turn(self, prompt: str) -> str:
+        """The prompt as one user turn, up to where the answer begins."""
+        messages = [{"role": "user", "content": prompt}]
+        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+
+    def _ids(self, texts: Sequence[str], *, special: bool) -> list[list[int]]:
+        if not texts:
+            return []
+        encoded = self.tokenizer(list(texts), add_special_tokens=special, return_attention_mask=False)
+        return [list(map(int, row)) for row in encoded["input_ids"]]
 
 
 def pad(rows: Sequence[Sequence[int]], pad_id: int, side: Side = "left", device: torch.device | None = None) -> Batch:
@@ -156,14 +184,6 @@ def pad(rows: Sequence[Sequence[int]], pad_id: int, side: Side = "left", device:
         input_ids[i, place] = torch.tensor(row, dtype=torch.long)
         mask[i, place] = 1
     return Batch(input_ids.to(device), mask.to(device))
-
-
-def pad_id_of(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id that fills padding: the tokenizer's pad token, else its EOS, else 0 (masked anyway)."""
-    for token_id in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if token_id is not None:
-            return int(token_id)
-    return 0
 
 
 def move_padding_left(input_ids: Tensor, attention_mask: Tensor) -> Batch:
@@ -222,25 +242,3 @@ def _fit(mask: Tensor, shape: tuple[int, int]) -> Tensor:
         raise ValueError(f"a prompt announced for {mask.shape[0]} rows does not fit a batch of {rows} rows")
     mask = mask.repeat_interleave(rows // mask.shape[0], dim=0)[:, :width]
     return torch.nn.functional.pad(mask, (0, width - mask.shape[1]))
-
-
-def _chats(tokenizer: PreTrainedTokenizerBase) -> bool:
-    return getattr(tokenizer, _CHATS, False) is True
-
-
-def _joint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """What stands between a prompt and its target."""
-    return "" if _chats(tokenizer) else " "
-
-
-def _as_turn(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
-    """The prompt as one user turn, up to where the answer begins."""
-    messages = [{"role": "user", "content": prompt}]
-    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-
-
-def _ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, special: bool) -> list[list[int]]:
-    if not texts:
-        return []
-    encoded = tokenizer(list(texts), add_special_tokens=special, return_attention_mask=False)
-    return [list(map(int, row)) for row in encoded["input_ids"]]

@@ -22,7 +22,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from horen_bench.models.partial import NotSupportedError, UpperLayers
+from horen_bench.models.partial import FastPath, NotSupportedError, UpperLayers
 from horen_bench.prompts import EncodedEdit
 
 _SIZES: dict[str, Any] = {
@@ -94,7 +94,7 @@ def test_losses_and_gradients_are_those_of_the_whole_model(
 ) -> None:
     torch.manual_seed(0)
     model = build().eval().requires_grad_(False)
-    upper = UpperLayers(model, model.get_submodule(module), int(module.split(".")[2]))
+    upper = UpperLayers(model, module)
     assert upper.module_ends_layer is ends_layer
     added = torch.randn(len(_EDITS), 32, requires_grad=True)
     losses = upper.losses(upper.prepare(_EDITS), added)
@@ -109,20 +109,20 @@ def test_losses_and_gradients_are_those_of_the_whole_model(
 def test_states_of_some_edits_joined_with_others_give_the_same_losses() -> None:
     torch.manual_seed(0)
     model = _llama().eval().requires_grad_(False)
-    upper = UpperLayers(model, model.get_submodule("model.layers.1.mlp.down_proj"), 1)
+    upper = UpperLayers(model, "model.layers.1.mlp.down_proj")
     added = torch.randn(3, 32)
     together = upper.losses(upper.prepare(_EDITS), added)
-    one = upper.prepare(_EDITS).select(torch.tensor([1]))
-    assert one.prefix_mask.shape[1] == 0, "a prompt of one token has no prefix to keep"
-    assert one.hidden.shape[1] == 1, "a target of one token needs one position"
-    joined = one.joined(upper.prepare([_EDITS[2], _EDITS[0]]))
+    single = upper.prepare(_EDITS).select(torch.tensor([1]))
+    assert single.prefix_mask.shape[1] == 0, "a prompt of single token has no prefix to keep"
+    assert single.hidden.shape[1] == 1, "a target of single token needs single position"
+    joined = single.joined(upper.prepare([_EDITS[2], _EDITS[0]]))
     torch.testing.assert_close(upper.losses(joined, added[[1, 2, 0]]), together[[1, 2, 0]])
 
 
 def test_a_decoder_of_another_layout_is_refused() -> None:
     model = GPT2LMHeadModel(GPT2Config(vocab_size=61, n_embd=32, n_layer=2, n_head=4, n_positions=64))
     with pytest.raises(NotSupportedError, match=r"GPT2LMHeadModel has no decoder\.layers with a head"):
-        UpperLayers(model, model.get_submodule("transformer.h.0.mlp.c_proj"), 0)
+        UpperLayers(model, "transformer.h.0.mlp.c_proj")
 
 
 def test_a_decoder_that_treats_given_embeddings_specially_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,4 +134,46 @@ def test_a_decoder_that_treats_given_embeddings_specially_is_refused(monkeypatch
 
     monkeypatch.setattr(LlamaModel, "forward", scaled)
     with pytest.raises(NotSupportedError, match="gives other logits from its upper layers alone"):
-        UpperLayers(model, model.get_submodule("model.layers.1.mlp.down_proj"), 1)
+        UpperLayers(model, "model.layers.1.mlp.down_proj")
+
+
+def _refuse() -> UpperLayers:
+    raise NotSupportedError("odd layout")
+
+
+def test_the_fast_path_makes_its_layers_once() -> None:
+    model = _llama().eval()
+    made: list[UpperLayers] = []
+
+    def make() -> UpperLayers:
+        made.append(UpperLayers(model, "model.layers.1.mlp.down_proj"))
+        return made[-1]
+
+    path = FastPath(make, "all was slow")
+    assert made == []
+    assert path.layers() is path.layers() is made[0]
+    assert len(made) == 1
+    assert path.warnings() == []
+
+
+def test_a_fast_path_that_does_not_fit_or_is_given_up_says_why() -> None:
+    refused, given_up = FastPath(_refuse, "all was slow"), FastPath(_llama_layers, "all was slow")
+    given_up.give_up("no need")
+    assert (refused.layers(), given_up.layers()) == (None, None)
+    assert refused.warnings() == ["all was slow: odd layout"]
+    assert given_up.warnings() == ["all was slow: no need"]
+
+
+def test_a_fast_path_that_is_not_wanted_is_not_tried_and_says_nothing() -> None:
+    path = FastPath(_refuse, "all was slow", wanted=False)
+    assert path.layers() is None
+    assert path.warnings() == []
+
+
+def test_a_module_in_no_numbered_layer_is_refused() -> None:
+    with pytest.raises(NotSupportedError, match="lm_head is in no numbered layer"):
+        UpperLayers(_llama(), "lm_head")
+
+
+def _llama_layers() -> UpperLayers:
+    return UpperLayers(_llama().eval(), "model.layers.1.mlp.down_proj")

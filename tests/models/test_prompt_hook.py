@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from horen_bench.models.prompt_hook import PromptHook
-from horen_bench.prompts import Batch, Side, announced_prompt, encode_prompts, last_prompt_positions, pad
+from horen_bench.prompts import Batch, PromptEncoder, Side, announced_prompt, last_prompt_positions, pad
 
 MODULE = "model.layers.2.mlp.down_proj"
 PROMPTS = ["Who founded Brightwater?", "nq question: where is the museum of clocks", "What city was Edda born in?"]
@@ -43,7 +43,7 @@ def generated(model: PreTrainedModel, batch: Batch, **settings: Any) -> list[lis
 
 @pytest.fixture
 def rows(golden_tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    ids = encode_prompts(golden_tokenizer, PROMPTS)
+    ids = PromptEncoder(golden_tokenizer).prompts(PROMPTS)
     assert len({len(row) for row in ids}) == 3
     return ids
 
@@ -207,6 +207,33 @@ def test_another_response_acts_within_its_block_only(golden_model: PreTrainedMod
     assert len(push.prompts) == 2
 
 
+def test_reading_gives_input_own_output_and_prompt_and_runs_nothing_above(
+    golden_model: PreTrainedModel, rows: list[list[int]]
+) -> None:
+    push, above = Push(), []
+    hook = hooked(golden_model, push)
+    golden_model.get_submodule("model.layers.3").register_forward_hook(lambda *_: above.append(1))
+    batches = [pad(rows[:2], PAD), pad(rows[2:], PAD, "right")]
+    readings = hook.read(batches, lambda inputs, outputs, prompt: (inputs, outputs, prompt))
+    assert (push.prompts, above) == ([], [])
+    module = golden_model.get_submodule(MODULE)
+    for (inputs, outputs, prompt), batch in zip(readings, batches, strict=True):
+        assert torch.equal(prompt.long(), batch.attention_mask)
+        assert torch.equal(module(inputs), outputs)
+
+
+def test_on_request_the_token_of_a_decode_step_is_a_prompt_too(
+    golden_model: PreTrainedModel, rows: list[list[int]]
+) -> None:
+    push = Push()
+    hook = PromptHook(golden_model, golden_model.get_submodule(MODULE), push, decode_steps=True)
+    generated(golden_model, pad(rows, PAD), use_cache=True)
+    assert push.prompts == [pad(rows, PAD).attention_mask.tolist(), *[[[1]] * 3] * 5]
+    hook.remove()
+    generated(golden_model, pad(rows, PAD), use_cache=True)
+    assert len(push.prompts) == 6
+
+
 # --- Nothing is left behind ----------------------------------------------------------------------------
 
 
@@ -222,13 +249,13 @@ def traces(model: nn.Module) -> list[tuple[str, int, dict[str, Any]]]:
 def test_removing_the_hook_leaves_no_trace(golden_model: PreTrainedModel, rows: list[list[int]]) -> None:
     batch = pad(rows, PAD)
     before, said = golden_model(batch.input_ids, batch.attention_mask).logits, generated(golden_model, batch)
-    found = traces(golden_model)
+    untouched = traces(golden_model)
     hook = hooked(golden_model, Push())
-    assert traces(golden_model) != found
+    assert traces(golden_model) != untouched
     generated(golden_model, batch)
     hook.remove()
     hook.remove()
-    assert traces(golden_model) == found
+    assert traces(golden_model) == untouched
     assert torch.equal(golden_model(batch.input_ids, batch.attention_mask).logits, before)
     assert generated(golden_model, batch) == said
 

@@ -14,7 +14,9 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from horen_bench.config.schema import ModelConfig
 from horen_bench.errors import UserError
+from horen_bench.models.weights import model_source
 
 
 def skeleton(architecture: Mapping[str, Any]) -> PreTrainedModel:
@@ -73,6 +75,18 @@ def folder_skeleton(folder: Path) -> PreTrainedModel:
     return model
 
 
+def without_weights(model: ModelConfig) -> PreTrainedModel | None:
+    """A configured model as a module tree: by its local folder, else its `architecture`; None where it has neither.
+
+    Raises:
+        UserError: as `skeleton` and `folder_skeleton`, or the folder does not exist.
+    """
+    source = Path(model_source(model.hub_id))
+    if source.is_dir():
+        return folder_skeleton(source)
+    return skeleton(model.architecture) if model.architecture else None
+
+
 def check_module(model: nn.Module, path: str, *, where: str) -> nn.Module:
     """Return the module at a dotted path.
 
@@ -119,7 +133,7 @@ def _what_is_there(part: str, children: list[str]) -> str:
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:
-    """A question that offers the known name most like `name`, or nothing."""
+    """A hint at the known name most like `name`, or nothing."""
     matches = difflib.get_close_matches(name, known, n=1, cutoff=0.8)
     return f"did you mean {matches[0]}?" if matches else ""
 
@@ -149,5 +163,5 @@ def is_last_layer(model: PreTrainedModel, path: str) -> bool:
 
 def context_length(model: PreTrainedModel) -> int | None:
     """Positions that the model was made for; None where its configuration does not say."""
-    found: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return found
+    length: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return length

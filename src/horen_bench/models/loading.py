@@ -5,36 +5,46 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging as transformers_logging
 
 from horen_bench.errors import UserError
-from horen_bench.paths import resource
+from horen_bench.models.weights import model_source
+from horen_bench.progress import quiet_transformers
+from horen_bench.prompts import PromptEncoder, Template
 
-EMBEDDED = "embedded:"
 _HASHED_BYTES = 1 << 20  # of each end of a file; a whole checkpoint would take minutes
 _LOAD_ERRORS = (OSError, ValueError, HfHubHTTPError)
 
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """A frozen model in evaluation mode, its tokenizer, and what names its weights.
+    """A frozen model in evaluation mode, what encodes its prompts, and what names its weights.
 
     Attributes:
         model: no parameter requires a gradient.
-        tokenizer: as published; nothing is added to it.
-        fingerprint: a hash that changes with the weights or the dtype; names cached base answers.
+        encoder: of its tokenizer, which is as published.
+        fingerprint: a hash that changes with the weights or the dtype; names stored base predictions.
     """
 
     model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
+    encoder: PromptEncoder
     fingerprint: str
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """As published; nothing is added to it."""
+        return self.encoder.tokenizer
 
 
 def load_model(
-    hub_id: str, *, dtype: str, device: str, device_map: str | None = None, revision: str | None = None
+    hub_id: str,
+    *,
+    dtype: str,
+    device: str,
+    device_map: str | None = None,
+    revision: str | None = None,
+    template: Template = "none",
 ) -> LoadedModel:
     """Load a model from safetensors; code from the hub is never run.
 
@@ -44,12 +54,13 @@ def load_model(
         device: where to put it when `device_map` is None, e.g. `cuda`.
         device_map: `auto` spreads the layers over several GPUs (accelerate).
         revision: branch, tag or commit on the hub.
+        template: of prompts; a missing one is refused before weights are read.
 
     Raises:
-        UserError: no such dtype or device, or the files are missing, gated, or not safetensors.
+        UserError: no such dtype, device or template, or the files are missing, gated, or not safetensors.
     """
     source = model_source(hub_id)
-    tokenizer = load_tokenizer(hub_id, revision)
+    encoder = PromptEncoder(load_tokenizer(hub_id, revision), template)
     try:
         with quiet_transformers():
             model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
@@ -66,7 +77,7 @@ def load_model(
         model.to(_device(device))  # type: ignore[arg-type]  # torch's own overloads confuse the stub
     model.requires_grad_(False)
     model.eval()
-    return LoadedModel(model, tokenizer, f"{_weights_hash(source, model)}-{dtype}")
+    return LoadedModel(model, encoder, f"{_weights_hash(source, model)}-{dtype}")
 
 
 def load_tokenizer(hub_id: str, revision: str | None = None) -> PreTrainedTokenizerBase:
@@ -84,26 +95,6 @@ def load_tokenizer(hub_id: str, revision: str | None = None) -> PreTrainedTokeni
     return tokenizer
 
 
-def model_source(hub_id: str) -> str:
-    """What transformers is asked for: the folder of an embedded model, else the id as given."""
-    if hub_id.startswith(("/", ".", "~")) and not Path(hub_id).expanduser().is_dir():
-        raise UserError(f"model.hub_id={hub_id}: there is no such folder; give a hub id or an existing folder")
-    if not hub_id.startswith(EMBEDDED):
-        return str(Path(hub_id).expanduser()) if hub_id.startswith("~") else hub_id
-    folder = resource("data") / hub_id.removeprefix(EMBEDDED)
-    if not folder.is_dir():
-        raise UserError(f"model.hub_id={hub_id}: no such embedded model; the package brings embedded:tiny")
-    return str(folder)
-
-
-def weights_at_hand(hub_id: str, revision: str | None = None) -> bool:
-    """Whether a model's weights are on this machine: a folder, or in the hub's cache; the network is not asked."""
-    if hub_id.startswith(EMBEDDED) or Path(hub_id).expanduser().is_dir():
-        return True
-    names = ("model.safetensors", "model.safetensors.index.json")
-    return any(isinstance(try_to_load_from_cache(hub_id, name, revision=revision), str) for name in names)
-
-
 def default_device() -> str:
     """`cuda` where there is one, else `mps`, else `cpu`."""
     if torch.cuda.is_available():
@@ -111,23 +102,11 @@ def default_device() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-class quiet_transformers:  # noqa: N801 - reads as a verb in `with`
-    """Keeps the progress bars of loading out of ours."""
-
-    def __enter__(self) -> None:
-        self._shown = transformers_logging.is_progress_bar_enabled()
-        transformers_logging.disable_progress_bar()
-
-    def __exit__(self, *_: object) -> None:
-        if self._shown:
-            transformers_logging.enable_progress_bar()
-
-
 def _dtype(name: str) -> torch.dtype:
-    found = getattr(torch, name, None)
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise UserError(f"model.dtype={name} is no floating-point dtype; write float32, bfloat16 or float16")
-    return found
+    return dtype
 
 
 def _device(name: str) -> torch.device:

@@ -10,10 +10,9 @@ Shapes: `B` edits; `P` prompt and `Y` target tokens of the longest; `d` hidden s
 """
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +20,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from horen_bench.models.architecture import decoder_layer_index
+from horen_bench.models.hooks import inputs_of, outputs_of, patched_output
 from horen_bench.prompts import EncodedEdit
 
 _NO_TARGET = -100
@@ -51,9 +52,20 @@ class UpperStates:
     position_ids: Tensor
     targets: Tensor
     module_output: Tensor
+    _places: tuple[Tensor, Tensor] | None = field(default=None, init=False, repr=False)
 
     def __len__(self) -> int:
         return self.hidden.shape[0]
+
+    def places(self) -> tuple[Tensor, Tensor]:
+        """Row and column of each position that must predict a token, int64 `(N,)` each, row by row.
+
+        Found once: their number has to be read from the device, and the host waits for it.
+        """
+        if self._places is None:
+            rows, columns = (self.targets != _NO_TARGET).nonzero(as_tuple=True)
+            self._places = rows, columns
+        return self._places
 
     def select(self, rows: Tensor) -> "UpperStates":
         """The states of some edits, int64 `(R,)`, without padding that none of them needs."""
@@ -75,8 +87,8 @@ class UpperStates:
         past = max(self.prefix_mask.shape[1], other.prefix_mask.shape[1])
         a, b = self._padded(width, past), other._padded(width, past)
         prefix = [
-            (torch.cat([one[0], two[0]]), torch.cat([one[1], two[1]]))
-            for one, two in zip(a.prefix, b.prefix, strict=True)
+            (torch.cat([ours[0], theirs[0]]), torch.cat([ours[1], theirs[1]]))
+            for ours, theirs in zip(a.prefix, b.prefix, strict=True)
         ]
         return UpperStates(
             torch.cat([a.hidden, b.hidden]),
@@ -104,17 +116,19 @@ class UpperLayers:
 
     Args:
         model: the whole model; its modules are shared, nothing is copied.
-        module: the module whose output at the last prompt token will be changed.
-        layer: number of the decoder layer that it is in.
+        path: dotted path of the module whose output at the last prompt token will be changed.
 
     Raises:
-        NotSupportedError: the model is not laid out as `decoder.layers` with a head, or a check on a short sequence
-            shows that running its upper layers alone gives other logits.
+        NotSupportedError: the module is in no numbered layer, the model is not laid out as `decoder.layers` with a
+            head, or a check on a short sequence shows that running its upper layers alone gives other logits.
     """
 
-    def __init__(self, model: PreTrainedModel, module: nn.Module, layer: int) -> None:
+    def __init__(self, model: PreTrainedModel, path: str) -> None:
+        layer = decoder_layer_index(path)
+        if layer is None:
+            raise NotSupportedError(f"{path} is in no numbered layer")
         self._model = model
-        self._module = module
+        self._module = model.get_submodule(path)
         try:
             self._decoder: Any = model.get_decoder()
             self._head: Any = model.get_output_embeddings()
@@ -150,22 +164,24 @@ class UpperLayers:
         device = self._model.device
         past = max(len(edit.prompt) for edit in edits) - 1
         new = max(len(edit.target) for edit in edits)
-        ids = torch.zeros((len(edits), past + new), dtype=torch.long, device=device)
+        # Filled on the CPU and moved as a whole: the host waits for the device at every copy.
+        ids = torch.zeros((len(edits), past + new), dtype=torch.long)
         mask = torch.zeros_like(ids, dtype=torch.bool)
-        targets = torch.full((len(edits), new), _NO_TARGET, device=device)
+        targets = torch.full((len(edits), new), _NO_TARGET)
         for i, edit in enumerate(edits):
             start, length = past + 1 - len(edit.prompt), len(edit.ids) - 1
-            ids[i, start : start + length] = torch.tensor(edit.ids[:-1], device=device)
+            ids[i, start : start + length] = torch.tensor(edit.ids[:-1])
             mask[i, start : start + length] = True
-            targets[i, : len(edit.target)] = torch.tensor(edit.target, device=device)
+            targets[i, : len(edit.target)] = torch.tensor(edit.target)
+        ids, mask, targets = ids.to(device), mask.to(device), targets.to(device)
         positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
         cache = _cache([_Recorder(keep=i >= self._first) for i in range(self._n_layers)])
-        with _outputs_of(self._module) as module_out, _inputs_of(self._boundary()) as entering:
+        with outputs_of({"": self._module}) as module_out, inputs_of({"": self._boundary()}) as entering:
             self._decoder(
                 input_ids=ids, attention_mask=mask.long(), position_ids=positions, cache=cache, use_cache=True
             )
         prefix = [(layer.keys[:, :, :past], layer.values[:, :, :past]) for layer in cache.layers[self._first :]]
-        hidden, output = entering[0][:, past:], module_out[0][:, past]
+        hidden, output = entering[""][:, past:], module_out[""][:, past]
         return UpperStates(hidden, prefix, mask[:, :past], positions[:, past:], targets, output)
 
     def losses(self, states: UpperStates, added: Tensor) -> Tensor:
@@ -175,22 +191,23 @@ class UpperLayers:
             states: of `prepare`.
             added: float32 `(B, d)`, what is added to the module's output at the last prompt token.
         """
-        wanted = states.targets != _NO_TARGET
-        logits = self._head(self._run(states, added)[wanted]).float()
-        rows = wanted.nonzero()[:, 0]
-        per_token = F.cross_entropy(logits, states.targets[wanted].to(logits.device), reduction="none")
-        sums = per_token.new_zeros(len(states)).index_add(0, rows.to(per_token.device), per_token)
-        return sums / wanted.sum(dim=1).to(sums.device)
+        places = states.places()
+        logits = self.logits(states, added, places)
+        per_token = F.cross_entropy(logits, states.targets[places].to(logits.device), reduction="none")
+        counts = (states.targets != _NO_TARGET).sum(dim=1).to(per_token.device)
+        # Segments are summed in one order; an `index_add` on a GPU takes any, and two runs would differ.
+        sums: Tensor = torch.segment_reduce(per_token, "sum", lengths=counts, unsafe=True)
+        return sums / counts
 
-    def logits(self, states: UpperStates, added: Tensor, wanted: Tensor) -> Tensor:
-        """Logits `(N, V)`, float32, at the `N` positions that are wanted, row by row.
+    def logits(self, states: UpperStates, added: Tensor, positions: Tensor | tuple[Tensor, Tensor]) -> Tensor:
+        """Logits `(N, V)`, float32, at `N` positions, row by row.
 
         Args:
             states: of `prepare`.
             added: float32 `(B, d)`, what is added to the module's output at the last prompt token.
-            wanted: bool `(B, Y)`.
+            positions: bool `(B, Y)`, true at the `N` of them; or their rows and columns, int64 `(N,)` each.
         """
-        logits: Tensor = self._head(self._run(states, added)[wanted])
+        logits: Tensor = self._head(self._run(states, added)[positions])
         return logits.float()
 
     def _run(self, states: UpperStates, added: Tensor) -> Tensor:
@@ -206,11 +223,8 @@ class UpperLayers:
         }
         if self.module_ends_layer:
             return _hidden_of(self._upper(inputs_embeds=_with_first(states.hidden, added), **arguments))
-        handle = self._module.register_forward_hook(lambda _module, _args, output: _with_first(output, added))
-        try:
+        with patched_output(self._module, lambda output: _with_first(output, added)):
             return _hidden_of(self._upper(inputs_embeds=states.hidden, **arguments))
-        finally:
-            handle.remove()
 
     def _boundary(self) -> nn.Module:
         """The module whose input enters the upper layers: the first of them, or the norm behind the last layer."""
@@ -237,17 +251,15 @@ class UpperLayers:
     def _module_ends_layer(self) -> bool:
         """Whether a change of the module's output is the same change of its layer's output."""
         ids = torch.arange(1, 5, device=self._model.device)[None] % self._model.config.get_text_config().vocab_size
-        with _outputs_of(self._module) as before, _outputs_of(self._layers[self._layer]) as without:
+        watched = {"module": self._module, "layer": self._layers[self._layer]}
+        with outputs_of(watched) as before:
             self._decoder(input_ids=ids, use_cache=False)
-        change = torch.linspace(-1, 1, before[0].shape[-1], device=before[0].device) * before[0].std()
-        handle = self._module.register_forward_hook(lambda _m, _a, output: _with_first(output, change[None]))
-        try:
-            with _outputs_of(self._layers[self._layer]) as changed:
-                self._decoder(input_ids=ids, use_cache=False)
-        finally:
-            handle.remove()
-        difference = (changed[0] - without[0])[:, 0].float()
-        return bool(_close(difference, change.float()[None].to(difference.device), before[0].dtype))
+        output = before["module"]
+        change = torch.linspace(-1, 1, output.shape[-1], device=output.device) * output.std()
+        with patched_output(self._module, lambda out: _with_first(out, change[None])), outputs_of(watched) as after:
+            self._decoder(input_ids=ids, use_cache=False)
+        difference = (after["layer"] - before["layer"])[:, 0].float()
+        return bool(_close(difference, change.float()[None].to(difference.device), output.dtype))
 
     @torch.no_grad()
     def _check(self) -> None:
@@ -267,6 +279,44 @@ class UpperLayers:
                 raise NotSupportedError(
                     f"{type(self._decoder).__name__} gives other logits from its upper layers alone"
                 )
+
+
+LayersT = TypeVar("LayersT", bound=UpperLayers)
+
+
+class FastPath(Generic[LayersT]):
+    """The upper layers, made when first needed; where the model does not fit, the reason, for `warnings`.
+
+    Args:
+        make: makes the layers, or raises `NotSupportedError`.
+        instead: what is done without them, as the beginning of a sentence.
+        wanted: False takes the plain path without a word.
+    """
+
+    def __init__(self, make: Callable[[], LayersT], instead: str, *, wanted: bool = True) -> None:
+        self._make = make
+        self._instead = instead
+        self._layers: LayersT | None = None
+        self._tried = not wanted
+        self._reason: str | None = None
+
+    def layers(self) -> LayersT | None:
+        """The layers, or None: the whole model must run."""
+        if not self._tried:
+            self._tried = True
+            try:
+                self._layers = self._make()
+            except NotSupportedError as reason:
+                self.give_up(str(reason))
+        return self._layers
+
+    def give_up(self, reason: str) -> None:
+        """Take the plain path from now on, and say why."""
+        self._tried, self._layers, self._reason = True, None, reason
+
+    def warnings(self) -> list[str]:
+        """That the plain path was taken where the fast one was wanted, and why."""
+        return [f"{self._instead}: {self._reason}"] if self._reason else []
 
 
 class _Recorder(CacheLayerMixin):
@@ -344,36 +394,3 @@ def _close(a: Tensor, b: Tensor, dtype: torch.dtype) -> bool:
     """Equal up to the rounding of the model's dtype."""
     scale = b.float().abs().max().clamp(min=1e-6)
     return bool((a.float() - b.float()).abs().max() <= 50 * torch.finfo(dtype).eps * scale)
-
-
-@contextmanager
-def _outputs_of(module: nn.Module) -> Iterator[list[Tensor]]:
-    found: list[Tensor] = []
-    handle = module.register_forward_hook(lambda _m, _a, output: found.append(_first_tensor(output)))
-    with _removed(handle.remove):
-        yield found
-
-
-@contextmanager
-def _inputs_of(module: nn.Module) -> Iterator[list[Tensor]]:
-    found: list[Tensor] = []
-
-    def read(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        found.append(args[0] if args else kwargs["hidden_states"])
-
-    handle = module.register_forward_pre_hook(read, with_kwargs=True)
-    with _removed(handle.remove):
-        yield found
-
-
-@contextmanager
-def _removed(remove: Callable[[], None]) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        remove()
-
-
-def _first_tensor(output: Any) -> Tensor:
-    found: Tensor = output[0] if isinstance(output, tuple) else output
-    return found

@@ -6,18 +6,20 @@ its class and its `save_pretrained`, and removing the hook gives the base model 
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import Cache, PreTrainedModel
 
-from horen_bench.prompts import announced_prompt, move_padding_left, prompt_mask
+from horen_bench.models.hooks import ending_at
+from horen_bench.prompts import Batch, announced_prompt, move_padding_left, prompt_mask
 
 Respond = Callable[[Tensor, Tensor, Tensor], Tensor | None]
+ReadingT = TypeVar("ReadingT")
 
 
 class PromptHook:
@@ -34,16 +36,21 @@ class PromptHook:
         module: the module to hook, a part of `model`, with input `(B, T, m)` and output `(B, T, d)`.
         respond: called with the module's input `(B, T, m)`, its output `(B, T, d)` and the prompt mask,
             bool `(B, T)`; returns the new output, or None to leave it alone.
+        decode_steps: let it act on the one token of a decode step too, as if that were a prompt.
 
     Raises:
         ValueError: the model carries such a hook already.
     """
 
-    def __init__(self, model: PreTrainedModel, module: nn.Module, respond: Respond) -> None:
+    def __init__(
+        self, model: PreTrainedModel, module: nn.Module, respond: Respond, *, decode_steps: bool = False
+    ) -> None:
         if "generate" in vars(model):
             raise ValueError("this model already carries a memory editor; detach that one first")
         self._respond = respond
         self._model = model
+        self._module = module
+        self._decode_steps = decode_steps
         self._signature = inspect.signature(model.forward)
         self._mask: Tensor | None = None
         self._handles: list[RemovableHandle] = [
@@ -62,6 +69,19 @@ class PromptHook:
         finally:
             self._respond = usual
 
+    @torch.no_grad()
+    def read(self, batches: Iterable[Batch], reader: Callable[[Tensor, Tensor, Tensor], ReadingT]) -> list[ReadingT]:
+        """What `reader` makes of the module's input, its own output and the prompt mask, batch by batch.
+
+        The layers above the module do not run.
+        """
+        readings: list[ReadingT] = []
+        with self.responding(lambda *tensors: readings.append(reader(*tensors))):
+            for batch in batches:
+                with ending_at(self._module):
+                    self._model(batch.input_ids, batch.attention_mask, position_ids=batch.position_ids, use_cache=False)
+        return readings
+
     def remove(self) -> None:
         """Take every hook out; calling it twice is fine."""
         for handle in self._handles:
@@ -75,9 +95,12 @@ class PromptHook:
         tokens = passed.get("input_ids")
         if tokens is None:
             tokens = passed["inputs_embeds"][..., 0]
-        prefill = cached_length(passed) == 0
         shape = (tokens.shape[0], tokens.shape[1])
-        self._mask = prompt_mask(shape, passed.get("attention_mask"), tokens.device) if prefill else None
+        self._mask = None
+        if cached_length(passed) == 0:
+            self._mask = prompt_mask(shape, passed.get("attention_mask"), tokens.device)
+        elif self._decode_steps and shape[1] == 1:
+            self._mask = torch.ones(shape, dtype=torch.bool, device=tokens.device)
 
     def _after_model(self, _model: nn.Module, _args: tuple[Any, ...], _output: Any) -> None:
         self._mask = None

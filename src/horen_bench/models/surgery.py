@@ -1,5 +1,6 @@
 """Overwriting parameters of a model, undone bit for bit: what every method that rewrites weights stands on."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -139,6 +140,11 @@ class MasterWeights:
             for path, weight in self._weights.items()
             if f"{path}.master" in state
         }
+
+
+def all_finite(*tensors: Tensor) -> bool:
+    """Whether no number is NaN or infinite."""
+    return all(math.isfinite(float(tensor.detach().abs().sum())) for tensor in tensors)
 
 
 def _weight(module: nn.Module, named: str) -> nn.Parameter:
