@@ -4,7 +4,8 @@ An editor is built on the reference model (hidden size 64, 4 layers), with setti
 or three tokens come out greedily.
 """
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
@@ -12,23 +13,18 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from horen_bench.cases import EditCase
-from horen_bench.config.compose import build as build_configured
-from horen_bench.config.compose import composed
-from horen_bench.config.settings import resolved
+from horen_bench.cases import EditCase, EditRecord
+from horen_bench.config.compose import run_config
+from horen_bench.config.schema import MethodConfig
 from horen_bench.editors.base import Editor
-from horen_bench.editors.ft.editor import FineTuningEditor
-from horen_bench.editors.horen.editor import HorenEditor
-from horen_bench.editors.ultraedit.editor import UltraEditEditor
-from horen_bench.editors.wise import WiseEditor
-from horen_bench.editors.wise.repair import RepairEditor
-from horen_bench.prompts import encode_prompts, pad
+from horen_bench.prompts import PromptEncoder, pad
 
-Factory = Callable[[PreTrainedModel, PreTrainedTokenizerBase], Editor]
+Factory = Callable[[PreTrainedModel, PreTrainedTokenizerBase], Editor[Any]]
 DOWN_PROJ = "model.layers.2.mlp.down_proj"
 
 CASES = [
@@ -39,121 +35,45 @@ CASES = [
 UNRELATED = ["nq question: where is the museum of clocks", "nq question: what color is the flag of Tamber"]
 
 
-def horen(adaptor: str, engine: str) -> Factory:
-    def build(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Editor:
-        settings: dict[str, Any] = {
-            "seed": 42,
-            "module": DOWN_PROJ,
-            "threshold": 0.6,
-            "pooling_ratio": 0.6,
-            "normalize": True,
-            "hopfield": {"beta": 20.0, "alpha": 0.1, "steps": 1, "eps": 1e-5},
-            "adaptor": adaptor,
-            "vector": {"learning_rate": 1.0},
-            "lora": {"learning_rate": 0.02, "rank": 4, "scale": 1.0},
-            "n_steps": 40,
-            "early_stopping": None,
-            "label_rule": "tokens",
-            "engine": engine,
-            "train_batch": None,
-        }
-        return HorenEditor(model, tokenizer, **settings)
-
-    return build
-
-
 def configured(method: str, **changes: Any) -> Factory:
     """A method as its file in `conf/` sets it, but for the changes."""
-    settings = {**resolved(composed([f"method={method}"]))["method"], "module": DOWN_PROJ, **changes}
-    return lambda model, tokenizer: build_configured(settings, "method", model=model, tokenizer=tokenizer, seed=42)
+    config = run_config([f"method={method}"]).method.changed(**changes)
+    return lambda model, tokenizer: config.editor_class()(model, tokenizer, config, seed=42)
 
 
-SIDE: dict[str, Any] = {
-    "retrieve": True,
+def horen(**changes: Any) -> Factory:
+    firm = {"threshold": 0.6, "n_steps": 40, "early_stopping": None, "lora": {"learning_rate": 0.02}}
+    return configured("horen", module=DOWN_PROJ, **firm, **changes)
+
+
+_SIDE_MEMORY = yaml.safe_load(Path(__file__).with_name("side_memory.yaml").read_text())
+_FIRM_SIDE = {
+    **_SIDE_MEMORY["side"],
     "templates": ["{}", "I walked a {}", "Because the winter was long, {}"],
-    "learning_rate": 0.3,
-    "weight_decay": 1e-5,
     "n_steps": 40,
-    "early_stopping": {"loss": 0.02, "change": 1e-4},
-    "act_margin": [1.0, 6.0, 4.0],
-    "act_ratio": 0.8,
-    "mask_ratio": 0.8,
-    "norm_constraint": 1.0,
-    "save_freq": 2,
-    "merge_freq": 4,
-    "density": 0.53,
-    "loc_source": "disjoint",
-    "irrelevant_prompts": None,
-    "add_bias": True,
-    "shards_at_once": 1,
-    "engine": "cached",
 }
 
 
 def wise(**changes: Any) -> Factory:
-    return lambda model, tokenizer: WiseEditor(model, tokenizer, seed=42, module=DOWN_PROJ, **{**SIDE, **changes})
+    return configured("wise", module=DOWN_PROJ, **{**_FIRM_SIDE, **changes})
 
 
-def repair(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Editor:
+def repair() -> Factory:
     """Windows of one edit, so that every split of a stream is one between windows."""
-    settings: dict[str, Any] = {
-        "mode": "paper",
-        "side": {**SIDE, "save_freq": 1, "merge_freq": 1},
-        "act_weight": 1.0,
-        "distill": "logit",
-        "distill_lambda": 0.2,
-        "temperature": 2.0,
-        "distill_spread": 0.1,
-        "consistency": None,
-        "error_threshold": 0.85,
-        "prune_threshold": 0.5,
-        "prune_noise": 0.0,
-        "pool_limit": None,
-        "max_rounds": 1,
-        "max_retries": 3,
-        "max_trainings": 100,
-        "loss_sensitivity": 1.0,
-    }
-    return RepairEditor(model, tokenizer, seed=42, module=DOWN_PROJ, **settings)
+    side = {**_FIRM_SIDE, "save_freq": 1, "merge_freq": 1}
+    return configured("repair", module=DOWN_PROJ, **{**_SIDE_MEMORY["repair"], "side": side, "max_rounds": 1})
 
 
 def ultraedit(regime: dict[str, str], modules: Sequence[str], learning_rate: float) -> Factory:
-    def build(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Editor:
-        settings: dict[str, Any] = {
-            "seed": 42,
-            "modules": modules,
-            "learning_rate": learning_rate,
-            "regime": "this",
-            "regimes": {"this": {**regime, "dtype": "float32"}},
-            "edits_per_turn": 1,
-            "micro_batch": 1,
-            "master_weights": False,
-        }
-        return UltraEditEditor(model, tokenizer, **settings)
-
-    return build
+    regimes = {"this": {**regime, "dtype": "float32"}}
+    return configured("ultraedit", modules=modules, learning_rate=learning_rate, regime="this", regimes=regimes)
 
 
-def fine_tuning(objective: str, engine: str = "cached") -> Factory:
-    def build(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Editor:
-        settings: dict[str, Any] = {
-            "seed": 42,
-            "module": DOWN_PROJ,
-            "objective": objective,
-            "learning_rate": 5e-3,
-            "weight_decay": 0.0,
-            "n_steps": 40,
-            "loss_bound": 0.01,
-            "norm_constraint": None,
-            "master_weights": True,
-            "engine": engine,
-        }
-        return FineTuningEditor(model, tokenizer, **settings)
-
-    return build
+def fine_tuning(method: str, engine: str = "cached") -> Factory:
+    return configured(method, module=DOWN_PROJ, learning_rate=5e-3, n_steps=40, engine=engine)
 
 
-_FIRM = {"n_steps": 25, "learning_rate": 0.5, "weight_decay": 1e-3, "clamp": 10, "kl": 0.0625}
+_TEXTS = str(Path(__file__).parents[2] / "baselines" / "rome" / "stats_texts.json")
 
 
 @cache
@@ -162,39 +82,67 @@ def statistics_folder() -> str:
     return mkdtemp()
 
 
-def rewriting(method: str, **changes: Any) -> Factory:
+def locate_edit(method: str, **changes: Any) -> Factory:
     """A method as its file in `conf/` sets it, without contexts and but for the changes."""
-    bare = {"hidden": _FIRM, "contexts": [[""]] if method == "rome" else [[""], [""]]}
-
-    def build(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Editor:
-        settings = {**resolved(composed([f"method={method}"]))["method"], **bare, **changes}
-        corpus = str(Path(__file__).parents[2] / "baselines" / "rome" / "stats_texts.json")
-        settings["statistics"] = {**settings["statistics"], "corpus": corpus, "folder": statistics_folder()}
-        editor: Editor = build_configured(settings, "method", model=model, tokenizer=tokenizer, seed=42)
-        return editor
-
-    return build
+    firm = {"n_steps": 25, "learning_rate": 0.5, "weight_decay": 1e-3, "clamp": 10.0, "kl": 0.0625}
+    contexts = [[""]] if method == "rome" else [[""], [""]]
+    statistics = {"corpus": _TEXTS, "folder": statistics_folder()}
+    return configured(method, hidden=firm, contexts=contexts, statistics=statistics, **changes)
 
 
 def unke(**changes: Any) -> Factory:
-    texts = str(Path(__file__).parents[2] / "baselines" / "rome" / "stats_texts.json")
-    preservation = {"corpus": texts, "template": "{} ", "n_texts": 6, "max_tokens": None}
-    value = {"n_steps": 25, "learning_rate": 0.2, "weight_decay": 1e-3, "clamp": 4.0}
-    block = {"n_steps": 12, "learning_rate": 2e-3, "weight_decay": 0.01}
-    settings = {"module": "model.layers.1", "value": value, "block": block, "preservation": preservation, **changes}
-    return configured("unke", **settings)
+    settings = {
+        "module": "model.layers.1",
+        "value": {"n_steps": 25, "learning_rate": 0.2, "weight_decay": 1e-3, "clamp": 4.0},
+        "block": {"n_steps": 12, "learning_rate": 2e-3, "weight_decay": 0.01},
+        "preservation": {"corpus": _TEXTS, "template": "{} ", "n_texts": 6, "max_tokens": None},
+    }
+    return configured("unke", **settings, **changes)
+
+
+class NothingConfig(MethodConfig):
+    """Settings of an editor that writes nothing."""
+
+
+class NothingEditor(Editor[NothingConfig]):
+    """The least that an editor is."""
+
+    n_edits = 0
+
+    def edit(self, cases: Sequence[EditCase]) -> list[EditRecord]:
+        self.n_edits += len(cases)
+        return [EditRecord(case.id, "inserted", None, None, math.nan, 0, 1e-9) for case in cases]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"n_edits": torch.tensor(self.n_edits)}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        if set(state) != {"n_edits"}:
+            raise ValueError("the state is not one of this editor's")
+        self.n_edits = int(state["n_edits"])
+
+    def detach(self) -> None:
+        pass
+
+    def side_parameters(self) -> int:
+        return 0
+
+
+def nothing(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Editor[Any]:
+    return NothingEditor(model, tokenizer, NothingConfig(name="nothing", label="Nothing"))
 
 
 EDITORS: dict[str, Factory] = {
+    "nothing": nothing,
     "unke": unke(),
     "unke-sequential": unke(engine="sequential"),
-    "horen": horen("vector", "parallel"),
-    "horen-lora": horen("lora", "parallel"),
-    "horen-sequential": horen("vector", "sequential"),
-    "grace": configured("grace"),
-    "grace-sequential": configured("grace", engine="sequential"),
-    "grace_norm": configured("grace_norm"),
-    "repair": repair,
+    "horen": horen(),
+    "horen-lora": horen(adaptor="lora"),
+    "horen-sequential": horen(engine="sequential"),
+    "grace": configured("grace", module=DOWN_PROJ),
+    "grace-sequential": configured("grace", module=DOWN_PROJ, engine="sequential"),
+    "grace_norm": configured("grace_norm", module=DOWN_PROJ),
+    "repair": repair(),
     "wise": wise(),
     "wise-sequential": wise(engine="sequential"),
     "ultraedit": ultraedit(
@@ -207,14 +155,14 @@ EDITORS: dict[str, Factory] = {
         [f"model.layers.{layer}.mlp.up_proj" for layer in (2, 3)],
         learning_rate=0.05,
     ),
-    "ft-m": fine_tuning("target_new"),
-    "ft-m-sequential": fine_tuning("target_new", "sequential"),
-    "ft-l": fine_tuning("prompt_last"),
-    "rome": rewriting("rome"),
-    "rome-sequential": rewriting("rome", engine="sequential"),
-    "memit": rewriting("memit", moment_weight=0.01),
-    "alphaedit": rewriting("alphaedit", l2=0.1),
-    "alphaedit-sequential": rewriting("alphaedit", l2=0.1, engine="sequential"),
+    "ft-m": fine_tuning("ft_m"),
+    "ft-m-sequential": fine_tuning("ft_m", "sequential"),
+    "ft-l": fine_tuning("ft_l"),
+    "rome": locate_edit("rome"),
+    "rome-sequential": locate_edit("rome", engine="sequential"),
+    "memit": locate_edit("memit", moment_weight=0.01),
+    "alphaedit": locate_edit("alphaedit", l2=0.1),
+    "alphaedit-sequential": locate_edit("alphaedit", l2=0.1, engine="sequential"),
 }
 # Those that act on what they recognise only: whatever they do not recognise keeps its logits bit for bit.
 MEMORIES = [
@@ -231,7 +179,7 @@ MEMORIES = [
 # Those that write at the subject can write only some of these cases into the reference model, and forget them with the
 # next edit: they are asked about one. FT-L asks for all tokens of a target at once, which greedy decoding never says.
 SUBJECT_WRITERS = [name for name in EDITORS if name.split("-")[0] in ("rome", "memit", "alphaedit")]
-RECALLING = [name for name in EDITORS if name not in (*SUBJECT_WRITERS, "ft-l")]
+RECALLING = [name for name in EDITORS if name not in (*SUBJECT_WRITERS, "ft-l", "nothing")]
 
 # How a model may be asked. A model with rewritten weights is an ordinary one, and generate() of an ordinary one goes on
 # behind padding on the right; memories move it.
@@ -241,7 +189,7 @@ every_editor = pytest.mark.parametrize("name", EDITORS)
 
 
 @pytest.fixture
-def build(golden_model: PreTrainedModel, golden_tokenizer: PreTrainedTokenizerBase) -> Callable[[str], Editor]:
+def build(golden_model: PreTrainedModel, golden_tokenizer: PreTrainedTokenizerBase) -> Callable[[str], Editor[Any]]:
     return lambda name: EDITORS[name](golden_model, golden_tokenizer)
 
 
@@ -250,7 +198,7 @@ def ask(golden_tokenizer: PreTrainedTokenizerBase) -> Callable[..., list[str]]:
     """Greedy answers to prompts, in one batch."""
 
     def answers(model: PreTrainedModel, prompts: Sequence[str], side: Any = "left", **how: Any) -> list[str]:
-        batch = pad(encode_prompts(golden_tokenizer, prompts), 0, side)
+        batch = pad(PromptEncoder(golden_tokenizer).prompts(prompts), 0, side)
         generate: Callable[..., Tensor] = getattr(model, "generate")  # noqa: B009 - its type is not declared
         how |= {"attention_mask": batch.attention_mask, "do_sample": False, "max_new_tokens": 6}
         new = generate(batch.input_ids, **how)[:, batch.input_ids.shape[1] :]
@@ -264,7 +212,7 @@ def logits(golden_tokenizer: PreTrainedTokenizerBase) -> Callable[[PreTrainedMod
     """Logits on all prompts of this file, one at a time."""
 
     def of(model: PreTrainedModel) -> Tensor:
-        rows = encode_prompts(golden_tokenizer, [case.prompt for case in CASES] + UNRELATED)
+        rows = PromptEncoder(golden_tokenizer).prompts([case.prompt for case in CASES] + UNRELATED)
         return torch.cat([model(torch.tensor([row])).logits[0] for row in rows])
 
     return of
@@ -318,7 +266,7 @@ def test_second_edit_keeps_the_first(name: str, build: Any, ask: Any) -> None:
 @pytest.mark.parametrize("name", MEMORIES)
 def test_unrelated_prompt_keeps_its_logits(name: str, build: Any, golden_tokenizer: Any) -> None:
     editor = build(name)
-    batch = pad(encode_prompts(golden_tokenizer, UNRELATED), 0)
+    batch = pad(PromptEncoder(golden_tokenizer).prompts(UNRELATED), 0)
     before = editor.model(batch.input_ids, batch.attention_mask).logits
     editor.edit(CASES)
     assert torch.equal(editor.model(batch.input_ids, batch.attention_mask).logits, before)
@@ -369,7 +317,7 @@ def test_detach_restores_logits_and_weights_exactly(name: str, build: Any, ask: 
     said, tree = ask(model, UNRELATED), [(path, id(module)) for path, module in model.named_modules()]
     editor = build(name)
     editor.edit(CASES)
-    assert not torch.equal(logits(model), before)
+    assert torch.equal(logits(model), before) == (name == "nothing")
     editor.detach()
     editor.detach()
     assert torch.equal(logits(model), before)
@@ -382,11 +330,11 @@ def test_detach_restores_logits_and_weights_exactly(name: str, build: Any, ask: 
 def test_same_seed_gives_identical_numbers(
     name: str, build: Any, other_golden_model: PreTrainedModel, golden_tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    one, other = build(name), EDITORS[name](other_golden_model, golden_tokenizer)
-    one.edit(CASES[:2])
+    first, other = build(name), EDITORS[name](other_golden_model, golden_tokenizer)
+    first.edit(CASES[:2])
     torch.rand(7)  # somebody else's draw from the global generator
     other.edit(CASES[:2])
-    assert_equal(other.state_dict(), one.state_dict())
+    assert_equal(other.state_dict(), first.state_dict())
 
 
 @every_editor
@@ -397,18 +345,18 @@ def test_two_editors_on_two_models_do_not_see_each_other(
     other_golden_model: PreTrainedModel,
     golden_tokenizer: PreTrainedTokenizerBase,
 ) -> None:
-    one, other = build(name), EDITORS[name](other_golden_model, golden_tokenizer)
+    first, other = build(name), EDITORS[name](other_golden_model, golden_tokenizer)
     untouched = logits(other.model)
-    one.edit(CASES[:1])
-    shown = logits(one.model)
+    first.edit(CASES[:1])
+    shown = logits(first.model)
     assert torch.equal(logits(other.model), untouched)
     other.edit(CASES[1:2])
-    assert torch.equal(logits(one.model), shown)
-    one.detach()
-    assert not torch.equal(logits(other.model), untouched)
+    assert torch.equal(logits(first.model), shown)
+    first.detach()
+    assert torch.equal(logits(other.model), untouched) == (name == "nothing")
 
 
-@every_editor
+@pytest.mark.parametrize("name", [name for name in EDITORS if name != "nothing"])
 def test_what_is_stored_beside_the_model_is_counted(name: str, build: Any) -> None:
     editor = build(name)
     empty = editor.side_parameters()

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from horen_bench.cases import EditCase
-from horen_bench.editors.base import EditRecord
+from horen_bench.cases import EditCase, EditRecord
+from horen_bench.config.compose import run_config
+from horen_bench.editors.horen.config import HorenConfig
 from horen_bench.editors.horen.editor import HorenEditor
-from horen_bench.evaluation import greedy_decode
-from horen_bench.prompts import encode_prompts
+from horen_bench.evaluation.decoding import greedy_decode
 
 # Near paraphrases, so that edits match, conflict and chain; prompts and targets of many lengths.
 _PROMPTS = (
@@ -42,18 +42,14 @@ def _editor(pair: tuple[PreTrainedModel, PreTrainedTokenizerBase], engine: str, 
     constants: dict[str, Any] = {
         "module": "model.layers.2.mlp.down_proj",
         "threshold": 0.6,
-        "pooling_ratio": 0.6,
-        "normalize": True,
-        "hopfield": {"beta": 20.0, "alpha": 0.1, "steps": 1, "eps": 1e-5},
-        "adaptor": "vector",
-        "vector": {"learning_rate": 1.0},
         "lora": {"learning_rate": 0.01, "rank": 2, "scale": 1.0},
         "n_steps": 8,
         "early_stopping": {"loss_bound": 0.05, "patience": 3},
-        "label_rule": "tokens",
         "train_batch": 4,
     }
-    return HorenEditor(*pair, seed=3, engine=engine, **{**constants, **changes})  # type: ignore[arg-type]
+    config = run_config(["method=horen"]).method.changed(**{**constants, "engine": engine, **changes})
+    assert isinstance(config, HorenConfig)
+    return HorenEditor(*pair, config, seed=3)
 
 
 def _cases(stream: Sequence[tuple[str, str]]) -> list[EditCase]:
@@ -67,7 +63,7 @@ def _decision(record: EditRecord) -> tuple[Any, ...]:
 
 def _result(editor: HorenEditor, records: Sequence[EditRecord]) -> dict[str, Any]:
     """What a stream came to: decisions, codebook, and what the model then answers to every prompt."""
-    prompts = encode_prompts(editor.tokenizer, _PROMPTS)
+    prompts = editor.encoder.prompts(_PROMPTS)
     tokens = greedy_decode(editor.model, prompts, [5] * len(prompts), 0)
     result = {
         "decisions": [_decision(record) for record in records],

@@ -9,7 +9,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from horen_bench.cases import EditCase
-from horen_bench.editors.ft.editor import FineTuningEditor, Lesson, UpperModel
+from horen_bench.config.compose import run_config
+from horen_bench.editors.ft.config import FineTuningConfig
+from horen_bench.editors.ft.editor import FineTuningEditor, LossAbove, TrainingExample
 from horen_bench.errors import UserError
 
 MODULE = "model.layers.2.mlp.down_proj"
@@ -27,7 +29,8 @@ Build = Callable[..., FineTuningEditor]
 def build(golden_model: PreTrainedModel, golden_tokenizer: PreTrainedTokenizerBase) -> Build:
     def on(model: PreTrainedModel = golden_model, tokenizer: Any = golden_tokenizer, **changes: Any) -> Any:
         settings: dict[str, Any] = {
-            "seed": 0,
+            "name": "ft",
+            "label": "FT",
             "module": MODULE,
             "objective": "target_new",
             "learning_rate": 5e-3,
@@ -38,21 +41,21 @@ def build(golden_model: PreTrainedModel, golden_tokenizer: PreTrainedTokenizerBa
             "master_weights": True,
             "engine": "cached",
         }
-        return FineTuningEditor(model, tokenizer, **{**settings, **changes})
+        return FineTuningEditor(model, tokenizer, FineTuningConfig(**{**settings, **changes}))
 
     return on
 
 
-def lesson_of(editor: FineTuningEditor, case: EditCase) -> Lesson:
-    lesson = editor._lesson(case)
-    assert lesson is not None
-    return lesson
+def example_of(editor: FineTuningEditor, case: EditCase) -> TrainingExample:
+    example = editor._example(case)
+    assert example is not None
+    return example
 
 
-def upper_loss(editor: FineTuningEditor, lesson: Lesson) -> Tensor:
-    upper = editor._upper_layers()
-    assert upper is not None
-    return UpperModel(upper, editor.path, editor.model.get_submodule(editor.path), editor.weight, lesson).loss()
+def upper_loss(editor: FineTuningEditor, example: TrainingExample) -> Tensor:
+    loss = editor._loss_of(example)
+    assert isinstance(loss, LossAbove)
+    return loss()
 
 
 def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -60,37 +63,37 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
 
 
-# --- What the two losses ask for ---------------------------------------------------------------------------
+# --- What the two losses are over ---------------------------------------------------------------------------
 
 
 def test_ft_m_is_the_teacher_forced_loss_of_the_target_alone(build: Build, golden_model: PreTrainedModel) -> None:
     editor = build()
-    prompt = editor.tokenizer("Who founded Brightwater?")["input_ids"]
-    ids = torch.tensor([editor.tokenizer("Who founded Brightwater? Lucan Vey")["input_ids"]])
+    prompt = editor.encoder.tokenizer("Who founded Brightwater?")["input_ids"]
+    ids = torch.tensor([editor.encoder.tokenizer("Who founded Brightwater? Lucan Vey")["input_ids"]])
     labels = ids.clone()
     labels[:, : len(prompt)] = -100
     expected = golden_model(input_ids=ids, labels=labels).loss
-    assert editor.loss(lesson_of(editor, CASES[0])).item() == pytest.approx(expected.item(), rel=1e-5)
+    assert editor.loss(example_of(editor, CASES[0])).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_ft_l_asks_for_every_token_at_the_last_prompt_position(build: Build, golden_model: PreTrainedModel) -> None:
+def test_ft_l_wants_every_token_at_the_last_prompt_position(build: Build, golden_model: PreTrainedModel) -> None:
     editor = build(objective="prompt_last")
-    prompt = torch.tensor([editor.tokenizer("Who founded Brightwater?")["input_ids"]])
-    target = editor.tokenizer(" Lucan Vey")["input_ids"]
-    assert target[0] == editor.tokenizer.bos_token_id  # one of the labels, as published
+    prompt = torch.tensor([editor.encoder.tokenizer("Who founded Brightwater?")["input_ids"]])
+    target = editor.encoder.tokenizer(" Lucan Vey")["input_ids"]
+    assert target[0] == editor.encoder.tokenizer.bos_token_id  # one of the labels, as published
     log_probabilities = F.log_softmax(golden_model(input_ids=prompt).logits[0, -1], dim=-1)
     expected = -log_probabilities[target].mean()
-    assert editor.loss(lesson_of(editor, CASES[0])).item() == pytest.approx(expected.item(), rel=1e-5)
+    assert editor.loss(example_of(editor, CASES[0])).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_without_bos_ft_l_asks_for_the_target_only_and_unknown_tokens_do_not_count(
+def test_without_bos_ft_l_wants_the_target_only_and_unknown_tokens_do_not_count(
     build: Build, bosless_tokenizer: Any
 ) -> None:
     target = bosless_tokenizer(" Lucan Vey")["input_ids"]
     editor = build(tokenizer=bosless_tokenizer, objective="prompt_last")
-    assert lesson_of(editor, CASES[0]).labels == tuple(target)
+    assert example_of(editor, CASES[0]).labels == tuple(target)
     bosless_tokenizer.unk_token = bosless_tokenizer.convert_ids_to_tokens(target[0])
-    assert lesson_of(editor, CASES[0]).labels == tuple(token for token in target if token != target[0])
+    assert example_of(editor, CASES[0]).labels == tuple(token for token in target if token != target[0])
 
 
 # --- Training ----------------------------------------------------------------------------------------------
@@ -117,7 +120,7 @@ def test_training_is_adam_on_the_weight_alone_then_the_clamp(
     adam = torch.optim.Adam([weight], lr=5e-3, weight_decay=weight_decay)
     for _ in range(record.steps):
         other_golden_model.zero_grad()
-        loss = plain.loss(lesson_of(plain, CASES[0]))
+        loss = plain.loss(example_of(plain, CASES[0]))
         loss.backward()  # type: ignore[no-untyped-call]
         adam.step()
         if norm_constraint:
@@ -150,14 +153,14 @@ def test_no_step_is_taken_below_the_loss_bound(build: Build) -> None:
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_only_the_weight_changes_and_nothing_asks_for_gradients_afterwards(
+def test_only_the_weight_changes_and_nothing_requires_gradients_afterwards(
     build: Build, golden_model: PreTrainedModel, objective: str
 ) -> None:
     before = {name: tensor.clone() for name, tensor in golden_model.state_dict().items()}
     build(objective=objective).edit(CASES)
     changed = [name for name, tensor in golden_model.state_dict().items() if not torch.equal(tensor, before[name])]
     assert changed == [f"{MODULE}.weight"]
-    assert all(one.grad is None and not one.requires_grad for one in golden_model.parameters())
+    assert all(weight.grad is None and not weight.requires_grad for weight in golden_model.parameters())
 
 
 # --- Engines -----------------------------------------------------------------------------------------------
@@ -169,9 +172,9 @@ def test_layers_above_give_the_whole_models_loss_and_gradient(build: Build, obje
     editor = build(objective=objective, module=f"model.layers.{layer}.mlp.down_proj")
     editor.edit(CASES[:1])  # away from the weight as received
     for case in (CASES[1], EditCase("short", "Oldmere", "1927")):
-        lesson = lesson_of(editor, case)
+        example = example_of(editor, case)
         editor.weight.requires_grad_(True)
-        whole, upper = editor.loss(lesson), upper_loss(editor, lesson)
+        whole, upper = editor.loss(example), upper_loss(editor, example)
         (expected,) = torch.autograd.grad(whole, [editor.weight])
         (gradient,) = torch.autograd.grad(upper, [editor.weight])
         editor.weight.requires_grad_(False)
@@ -182,12 +185,12 @@ def test_layers_above_give_the_whole_models_loss_and_gradient(build: Build, obje
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_engines_train_the_same(build: Build, other_golden_model: Any, objective: str) -> None:
     fast, plain = build(objective=objective), build(other_golden_model, objective=objective, engine="sequential")
-    for one, other in zip(fast.edit(CASES), plain.edit(CASES), strict=True):
-        assert (one.action, one.steps) == (other.action, other.steps)
-        assert one.loss == pytest.approx(other.loss, rel=1e-3)
+    for ours, expected in zip(fast.edit(CASES), plain.edit(CASES), strict=True):
+        assert (ours.action, ours.steps) == (expected.action, expected.steps)
+        assert ours.loss == pytest.approx(expected.loss, rel=1e-3)
     change = plain.weight - plain.pristine.originals()[MODULE]
-    found = fast.weight - fast.pristine.originals()[MODULE]
-    torch.testing.assert_close(found, change, rtol=0, atol=1e-3 * float(change.abs().max()))
+    fast_change = fast.weight - fast.pristine.originals()[MODULE]
+    torch.testing.assert_close(fast_change, change, rtol=0, atol=1e-3 * float(change.abs().max()))
     assert fast.warnings() == plain.warnings() == []
 
 
@@ -253,10 +256,10 @@ def test_without_a_master_half_precision_loses_small_steps(build: Build, golden_
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_blank_target_is_refused_and_the_stream_goes_on(build: Build, objective: str) -> None:
     editor = build(objective=objective)
-    blank, sound = editor.edit([EditCase("blank", "Who founded Oldmere?", " "), CASES[0]])
+    blank, good = editor.edit([EditCase("blank", "Who founded Oldmere?", " "), CASES[0]])
     assert (blank.action, blank.problem) == ("failed", "prompt or target has no token")
     assert math.isnan(blank.loss) and blank.steps == 0
-    assert (sound.action, sound.problem) == ("inserted", None)
+    assert (good.action, good.problem) == ("inserted", None)
 
 
 @pytest.mark.parametrize(
@@ -270,25 +273,26 @@ def test_training_that_diverges_changes_nothing(build: Build, n_steps: int, prob
     editor = build(n_steps=n_steps)
     editor.edit(CASES[:1])
     before = editor.state_dict()
-    editor.learning_rate = math.inf
+    config = editor.config
+    editor.config = config.model_copy(update={"learning_rate": math.inf})
     (record,) = editor.edit(CASES[1:2])
     assert (record.action, record.problem) == ("failed", problem)
     assert_same(editor.state_dict(), before)
-    editor.learning_rate = 5e-3
+    editor.config = config
     assert editor.edit(CASES[2:])[0].action == "inserted"
 
 
 def test_interrupted_edit_leaves_the_weight_as_before(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
     editor = build(engine="sequential")
     before = editor.weight.detach().clone()
-    calls: list[Lesson] = []
+    calls: list[TrainingExample] = []
     loss = FineTuningEditor.loss
 
-    def stopping(self: FineTuningEditor, lesson: Lesson) -> Tensor:
-        calls.append(lesson)
+    def stopping(self: FineTuningEditor, example: TrainingExample) -> Tensor:
+        calls.append(example)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return loss(self, lesson)
+        return loss(self, example)
 
     monkeypatch.setattr(FineTuningEditor, "loss", stopping)
     with pytest.raises(KeyboardInterrupt):
@@ -298,20 +302,26 @@ def test_interrupted_edit_leaves_the_weight_as_before(build: Build, monkeypatch:
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("wrong", "message"),
     [
-        ({"objective": "target"}, "method.objective must be 'prompt_last' or 'target_new', got 'target'"),
-        ({"learning_rate": 0}, "method.learning_rate must be > 0, got 0"),
-        ({"n_steps": 0}, "method.n_steps must be a whole number of at least 1, got 0"),
-        ({"engine": "fast"}, "method.engine must be 'cached' or 'sequential', got 'fast'"),
-        ({"norm_constraint": 0.0}, "method.norm_constraint must be > 0, or null for none, got 0.0"),
-        (
-            {"module": "model.layers.4.mlp.down_proj"},
-            "method.module=model.layers.4.mlp.down_proj: LlamaForCausalLM has",
-        ),
+        ("objective=target", "method.objective must be 'prompt_last' or 'target_new', got 'target'"),
+        ("learning_rate=0", "method.learning_rate must be above 0.0, got 0"),
+        ("n_steps=0", "method.n_steps must be at least 1, got 0"),
+        ("engine=fast", "method.engine must be 'cached' or 'sequential', got 'fast'"),
+        ("norm_constraint=0.0", "method.norm_constraint must be above 0.0, got 0.0"),
     ],
 )
-def test_settings_out_of_range_are_refused(build: Build, changes: dict[str, Any], message: str) -> None:
+def test_settings_out_of_range_are_refused(wrong: str, message: str) -> None:
     with pytest.raises(UserError) as caught:
-        build(**changes)
+        run_config(["method=ft_l", f"method.{wrong}"])
     assert str(caught.value).startswith(message)
+
+
+def test_a_module_that_the_model_lacks_is_refused(build: Build) -> None:
+    with pytest.raises(UserError, match=r"^method\.module=model\.layers\.4\.mlp\.down_proj: LlamaForCausalLM has"):
+        build(module="model.layers.4.mlp.down_proj")
+
+
+@pytest.mark.parametrize("method", ["ft_l", "ft_m"])
+def test_the_release_trains_the_weight_as_it_is(method: str) -> None:
+    assert run_config([f"method={method}", "compat=release"]).method["master_weights"] is False

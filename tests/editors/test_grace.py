@@ -10,20 +10,22 @@ import torch
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from horen_bench.cases import EditCase
-from horen_bench.config.compose import composed
-from horen_bench.editors.base import EditRecord
-from horen_bench.editors.codebook.editor import Decision
-from horen_bench.editors.grace.editor import GraceEditor, distances
+from horen_bench.cases import EditCase, EditRecord
+from horen_bench.config.compose import run_config
+from horen_bench.editors.codebook.config import CodebookConfig
+from horen_bench.editors.codebook.routing import Decision, RouterDescription
+from horen_bench.editors.grace.config import GraceConfig
+from horen_bench.editors.grace.editor import GraceEditor
+from horen_bench.editors.grace.scan import distances
+from horen_bench.editors.horen.config import HopfieldRetrieval, HorenConfig, LoraValue
 from horen_bench.editors.horen.editor import HorenEditor
 from horen_bench.errors import UserError
-from horen_bench.evaluation import greedy_decode
-from horen_bench.prompts import EncodedEdit, announced_prompt, encode_edit, encode_prompts
+from horen_bench.evaluation.decoding import greedy_decode
+from horen_bench.prompts import EncodedEdit, announced_prompt
 
 MODULE = "model.layers.2.mlp.down_proj"
 PROMPT, TARGET, OTHER_TARGET = "Who founded Brightwater?", "Lucan Vey", "Petra Dunmore"
@@ -39,10 +41,11 @@ Build = Callable[..., GraceEditor]
 Pair = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
 
-def settings(**changes: Any) -> dict[str, Any]:
+def settings(**changes: Any) -> GraceConfig:
     """Settings of an editor that writes well on the reference model."""
-    return {
-        "seed": 42,
+    values: dict[str, Any] = {
+        "name": "grace",
+        "label": "GRACE",
         "module": MODULE,
         "pooling_ratio": 0.0,
         "normalize": False,
@@ -60,6 +63,7 @@ def settings(**changes: Any) -> dict[str, Any]:
         "train_batch": None,
         **changes,
     }
+    return GraceConfig(**values)
 
 
 NORM: dict[str, Any] = {"pooling_ratio": 0.6, "normalize": True}
@@ -74,7 +78,7 @@ def pair(golden_folder: Path) -> Pair:
 @pytest.fixture
 def build(golden_model: PreTrainedModel, golden_tokenizer: PreTrainedTokenizerBase) -> Build:
     """Builds editors on one copy of the reference model."""
-    return lambda **changes: GraceEditor(golden_model, golden_tokenizer, **settings(**changes))
+    return lambda **changes: GraceEditor(golden_model, golden_tokenizer, settings(**changes), seed=42)
 
 
 def at(*places: float) -> Tensor:
@@ -95,8 +99,8 @@ def outline(decisions: Sequence[Decision]) -> list[tuple[str, int]]:
 
 
 def decoded(editor: GraceEditor, prompts: Sequence[str], n: int) -> list[str]:
-    rows = encode_prompts(editor.tokenizer, prompts)
-    return list(editor.tokenizer.batch_decode(greedy_decode(editor.model, rows, [n] * len(rows), 0)))
+    rows = editor.encoder.prompts(prompts)
+    return list(editor.encoder.tokenizer.batch_decode(greedy_decode(editor.model, rows, [n] * len(rows), 0)))
 
 
 # --- The radius rule ------------------------------------------------------------------------------------
@@ -133,9 +137,9 @@ def test_radii_follow_the_rule(
 def test_later_edits_of_a_call_see_the_radii_that_earlier_ones_left(build: Build) -> None:
     """2.4 is new beside a ball of radius 1, but within reach of one expanded to 1.5."""
     editor = build(same_key="release")
-    found = outline(editor.decide(targets(1, 1, 1, 2), at(0.0, 1.5, 2.375, 3.0)))
+    decisions = outline(editor.decide(targets(1, 1, 1, 2), at(0.0, 1.5, 2.375, 3.0)))
     # 3.0 is inside reach of the ball that ends at 2.375 and has another target: split at 1.5.
-    assert found == [("inserted", 0), ("fine_tuned", 0), ("fine_tuned", 0), ("conflict", 1)]
+    assert decisions == [("inserted", 0), ("fine_tuned", 0), ("fine_tuned", 0), ("conflict", 1)]
     assert radii(editor) == pytest.approx([1.49999, 1.5])
     editor.detach()
     fresh = build()
@@ -207,23 +211,23 @@ def test_blocks_and_calls_of_any_size_take_the_decisions_of_one_edit_at_a_time(
     edits = targets(*(label for _, _, label in stream))
     plain = Plain(eps=0.75)
     expected = [plain.write(key, edit.target[0]) for key, edit in zip(keys, edits, strict=True)]
-    editor = GraceEditor(*pair, **settings(eps=0.75, same_key="release"))
+    editor = GraceEditor(*pair, settings(eps=0.75, same_key="release"), seed=42)
     try:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(editor, "block_size", lambda: block)
-            found = editor.decide(edits[:cut], keys[:cut]) + editor.decide(edits[cut:], keys[cut:])
+            decisions = editor.decide(edits[:cut], keys[:cut]) + editor.decide(edits[cut:], keys[cut:])
     finally:
         editor.detach()
-    assert outline(found) == expected
+    assert outline(decisions) == expected
     torch.testing.assert_close(editor.codebook.radii, torch.stack(plain.radii), rtol=0, atol=0)
 
 
 def test_distances_near_zero_are_exact() -> None:
     """By way of inner products, zero would come out near 0.03 at this length and among so many keys."""
     queries = 100 * torch.randn((40, 300), generator=torch.Generator().manual_seed(0))
-    found = distances(queries, queries)
-    assert found.diagonal().tolist() == [0.0] * 40
-    assert torch.equal(distances(queries[3:4], queries[5:8]), found[3:4, 5:8])
+    apart = distances(queries, queries)
+    assert apart.diagonal().tolist() == [0.0] * 40
+    assert torch.equal(distances(queries[3:4], queries[5:8]), apart[3:4, 5:8])
     moved = queries.clone()
     moved[:, 7] += 0.001
     torch.testing.assert_close(distances(queries, moved).diagonal(), torch.full((40,), 0.001), rtol=0.05, atol=0)
@@ -259,7 +263,7 @@ def test_a_known_prompt_answers_its_newest_target(changes: dict[str, Any], build
     assert second.action in ("inserted", "conflict")  # no two unit vectors are further apart than twice a radius of 1
     assert other.action == "fine_tuned"
     assert (other.entry, other.problem, len(editor.codebook)) == (0, None, 2)
-    assert editor.codebook.labels[0] == encode_edit(editor.tokenizer, PROMPT, OTHER_TARGET).target
+    assert editor.codebook.labels[0] == editor.encoder.edit(PROMPT, OTHER_TARGET).target
     assert decoded(editor, [PROMPT], 6)[0].startswith(f" {OTHER_TARGET}")
     assert [record.action for record in editor.edit([OTHER, CASES[0]])] == ["fine_tuned"] * 2
 
@@ -291,7 +295,7 @@ def test_balls_as_small_as_rounding_are_reported_though_trained(build: Build) ->
 def test_a_ball_smaller_than_its_keys_rounding_is_reported(golden_folder: Path, golden_tokenizer: Any) -> None:
     """A mean of tokens is no bfloat16 number: the key is moved by more than the radius."""
     model = AutoModelForCausalLM.from_pretrained(golden_folder, dtype=torch.bfloat16).requires_grad_(False)
-    editor = GraceEditor(model, golden_tokenizer, **settings(**NORM, eps=1e-4))
+    editor = GraceEditor(model, golden_tokenizer, settings(**NORM, eps=1e-4), seed=42)
     (record,) = editor.edit(CASES[:1])
     assert record.action == "failed"
     assert record.problem is not None
@@ -309,8 +313,8 @@ def test_the_value_takes_the_place_of_the_output(replacement: str, places: list[
     editor = build(replacement=replacement, engine="sequential")
     ids = torch.tensor([[1, 40, 50, 60, 70, 80]])
     outputs: list[Tensor] = []
-    handle = editor.model.get_submodule(MODULE).register_forward_hook(lambda _m, _i, output: outputs.append(output))
     editor.decide(targets(1), editor.queries([[1, 40, 50, 60]]))
+    handle = editor.model.get_submodule(MODULE).register_forward_hook(lambda _m, _i, output: outputs.append(output))
     value = torch.arange(64.0)
     for present in (False, True):
         editor.codebook.set_value(0, {"vector": value})
@@ -333,7 +337,7 @@ def test_earlier_positions_are_trained_on_the_whole_model_and_decoded_alike_with
         f"values were trained one by one on the whole model: replacement={replacement} changes tokens before the last "
         "of the prompt"
     ]
-    rows = torch.tensor(encode_prompts(editor.tokenizer, [PROMPT]))
+    rows = torch.tensor(editor.encoder.prompts([PROMPT]))
     generate = getattr(editor.model, "generate")  # noqa: B009 - its type is not declared
     cached, plain = (generate(rows, max_new_tokens=5, do_sample=False, use_cache=cache) for cache in (True, False))
     assert torch.equal(cached, plain)
@@ -345,7 +349,7 @@ def test_earlier_positions_are_trained_on_the_whole_model_and_decoded_alike_with
 def test_a_generated_token_is_looked_up_only_if_asked_for(decode_lookup: bool, build: Build) -> None:
     """A ball around what the second generated token looks like at the module."""
     editor = build(decode_lookup=decode_lookup)
-    rows = torch.tensor(encode_prompts(editor.tokenizer, [UNRELATED]))
+    rows = torch.tensor(editor.encoder.prompts([UNRELATED]))
     generate = getattr(editor.model, "generate")  # noqa: B009 - its type is not declared
     inputs: list[Tensor] = []
     handle = editor.model.get_submodule(MODULE).register_forward_hook(lambda _m, i, _o: inputs.append(i[0]))
@@ -372,19 +376,40 @@ def test_a_warm_value_starts_at_the_output_and_changes_nothing_yet(engine: str, 
     editor.edit(CASES)
     assert [route and route.matched for route in editor.routes(prompts)] == [True] * 3
     assert decoded(editor, prompts, 5) == before
-    outputs = editor.read_at_prompts(
-        [encode_prompts(editor.tokenizer, prompts[1:2])[0]], lambda _i, out, _m: out[0, -1]
-    )
+    outputs = editor.read_at_prompts([editor.encoder.prompts(prompts[1:2])[0]], lambda _i, out, _m: out[0, -1])
     torch.testing.assert_close(editor.codebook.values["vector"][1], outputs[0], rtol=1e-5, atol=1e-5)
 
 
 def test_values_stay_float32_in_a_half_precision_model(golden_folder: Path, golden_tokenizer: Any) -> None:
     model = AutoModelForCausalLM.from_pretrained(golden_folder, dtype=torch.bfloat16).requires_grad_(False)
-    editor = GraceEditor(model, golden_tokenizer, **settings(**NORM))
+    editor = GraceEditor(model, golden_tokenizer, settings(**NORM), seed=42)
     records = editor.edit([*CASES, OTHER])
     assert [record.entry for record in records] == [0, 1, 2, 0]
     assert editor.codebook.values["vector"].dtype == torch.float32
     assert decoded(editor, [PROMPT], 6)[0].startswith(f" {OTHER_TARGET}")
+
+
+# --- How it is shown ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"eps": 0.75}, RouterDescription("last token", "distance", 0.75, "Euclidean distance")),
+        ({**NORM}, RouterDescription("last 60% pooled", "cosine", 0.5, "Euclidean distance")),
+    ],
+)
+def test_the_router_is_described_as_it_is_set(
+    changes: dict[str, Any], expected: RouterDescription, build: Build
+) -> None:
+    assert build(**changes).describe_router() == expected
+
+
+def test_similarities_are_distances_or_cosines(build: Build) -> None:
+    apart = build()
+    assert apart.similarity(at(1.0, 3.0), at(4.0, 3.0)).tolist() == [3.0, 0.0]
+    apart.detach()
+    assert build(**NORM).similarity(at(1.0, 1.0), at(-1.0, 0.5)).tolist() == [-1.0, 0.5]
 
 
 # --- GRACE+Norm and the ladder to HoReN -------------------------------------------------------------------
@@ -392,7 +417,7 @@ def test_values_stay_float32_in_a_half_precision_model(golden_folder: Path, gold
 
 def test_on_the_sphere_length_does_not_matter(build: Build) -> None:
     editor = build(**NORM)
-    rows = encode_prompts(editor.tokenizer, [case.prompt for case in CASES])
+    rows = editor.encoder.prompts([case.prompt for case in CASES])
     torch.testing.assert_close(editor.queries(rows).norm(dim=1), torch.ones(3))
 
 
@@ -411,35 +436,30 @@ def test_with_a_threshold_it_routes_as_horen_does_without_its_retrieval_step(pai
     prompts = [f"Who wrote book number {i}?" for i in range(12)] + [case.prompt for case in CASES]
     cases = [EditCase(prompt, prompt, f"{i}") for i, prompt in enumerate(prompts)]
     probes = [f"Who wrote book numbers {i}?" for i in range(12)] + [UNRELATED]
-    grace = GraceEditor(*pair, **settings(**NORM, threshold=0.97, n_steps=0))
+    grace = GraceEditor(*pair, settings(**NORM, threshold=0.97, n_steps=0), seed=42)
     written = [(record.action, record.entry) for record in grace.edit(cases)]
-    found = [route for route in grace.routes(probes) if route]
+    routes = [route for route in grace.routes(probes) if route]
     grace.detach()
-    shared = {name: settings(**NORM, n_steps=0)[name] for name in HOREN_SHARES}
-    hopfield = {"beta": 20.0, "alpha": 0.1, "steps": 0, "eps": 1e-5}
-    lora = {"learning_rate": 1.0, "rank": 1, "scale": 1.0}
-    horen = HorenEditor(*pair, threshold=0.97, hopfield=hopfield, adaptor="vector", lora=lora, **shared)
+    shared = settings(**NORM, n_steps=0).model_dump(include=set(CodebookConfig.model_fields))
+    hopfield = HopfieldRetrieval(beta=20.0, alpha=0.1, steps=0, eps=1e-5)
+    lora = LoraValue(learning_rate=1.0, rank=1, scale=1.0)
+    config = HorenConfig(threshold=0.97, hopfield=hopfield, adaptor="vector", lora=lora, **shared)
+    horen = HorenEditor(*pair, config, seed=42)
     assert [(record.action, record.entry) for record in horen.edit(cases)] == written
-    for ours, theirs in zip(found, horen.routes(probes), strict=True):
+    for ours, theirs in zip(routes, horen.routes(probes), strict=True):
         assert theirs is not None
         assert (ours.entry, ours.matched) == (theirs.entry, theirs.matched)
         assert 1 - ours.score**2 / 2 == pytest.approx(theirs.score, abs=1e-5)
     horen.detach()
-    assert {route.matched for route in found} == {True, False}
-
-
-HOREN_SHARES = (
-    *("seed", "module", "pooling_ratio", "normalize", "vector", "n_steps", "early_stopping"),
-    *("label_rule", "engine", "train_batch"),
-)
+    assert {route.matched for route in routes} == {True, False}
 
 
 def test_grace_norm_is_the_same_class_with_other_settings() -> None:
-    grace, norm = (OmegaConf.to_container(composed([f"method={name}"]).method) for name in ("grace", "grace_norm"))
-    assert isinstance(grace, dict)
-    assert isinstance(norm, dict)
-    assert grace.keys() == norm.keys()
-    assert {key for key in grace if grace[key] != norm[key]} == {"name", "label", "pooling_ratio", "normalize"}
+    grace, norm = (run_config([f"method={name}"]).method for name in ("grace", "grace_norm"))
+    assert type(grace) is type(norm) is GraceConfig
+    assert grace.label != norm.label
+    ours, theirs = grace.lasting(), norm.lasting()
+    assert {key for key in ours if ours[key] != theirs[key]} == {"name", "pooling_ratio", "normalize"}
 
 
 # --- Engines ----------------------------------------------------------------------------------------------
@@ -464,7 +484,7 @@ _KINDS: list[dict[str, Any]] = [
 
 
 def _result(editor: GraceEditor, records: Sequence[EditRecord]) -> dict[str, Any]:
-    prompts = encode_prompts(editor.tokenizer, _PROMPTS)
+    prompts = editor.encoder.prompts(_PROMPTS)
     result = {
         "decisions": [
             (r.action, r.entry, r.steps, r.problem, r.route and (r.route.entry, r.route.matched)) for r in records
@@ -476,11 +496,11 @@ def _result(editor: GraceEditor, records: Sequence[EditRecord]) -> dict[str, Any
     return result
 
 
-def _assert_same(one: dict[str, Any], other: dict[str, Any]) -> None:
-    assert one["decisions"] == other["decisions"]
-    assert one["tokens"] == other["tokens"]
-    for name, tensor in one["state"].items():
-        torch.testing.assert_close(other["state"][name], tensor, rtol=5e-3, atol=5e-3, msg=f"{name} differs")
+def _assert_same(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
+    assert ours["decisions"] == theirs["decisions"]
+    assert ours["tokens"] == theirs["tokens"]
+    for name, tensor in ours["state"].items():
+        torch.testing.assert_close(theirs["state"][name], tensor, rtol=5e-3, atol=5e-3, msg=f"{name} differs")
 
 
 @hypothesis_settings(FEW, max_examples=12)
@@ -490,15 +510,15 @@ def test_both_engines_and_a_cut_stream_resumed_from_disk_come_out_the_same(
 ) -> None:
     cases = [EditCase(str(i), prompt, target) for i, (prompt, target) in enumerate(stream)]
     constants = settings(**kind, n_steps=5, train_batch=4)
-    plain = GraceEditor(*pair, **constants | {"engine": "sequential"})
+    plain = GraceEditor(*pair, settings(**kind, n_steps=5, train_batch=4, engine="sequential"), seed=42)
     expected = _result(plain, plain.edit(cases))
-    whole = GraceEditor(*pair, **constants)
+    whole = GraceEditor(*pair, constants, seed=42)
     _assert_same(_result(whole, whole.edit(cases)), expected)
-    first = GraceEditor(*pair, **constants)
+    first = GraceEditor(*pair, constants, seed=42)
     records = first.edit(cases[:cut])
     save_file(first.state_dict(), tmp_path / "state.safetensors")
     first.detach()
-    second = GraceEditor(*pair, **constants)
+    second = GraceEditor(*pair, constants, seed=42)
     second.load_state_dict(load_file(tmp_path / "state.safetensors"))
     _assert_same(_result(second, records + second.edit(cases[cut:])), expected)
 
@@ -508,7 +528,7 @@ def test_early_stopping_is_there_to_be_used(build: Build) -> None:
     assert all(record.steps < 40 and record.loss < 0.5 for record in stopped.edit(CASES[:2]))
 
 
-# --- State and what the user is told ----------------------------------------------------------------------
+# --- State, refusals ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("broken", ["radii", "keys", "value.vector"])
@@ -536,29 +556,35 @@ def test_more_entries_than_first_room_keep_their_radii(build: Build) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"eps": 0}, "method.eps must be > 0, got 0; it is the radius of a new ball"),
+        (["eps=0"], "method.eps must be above 0.0, got 0"),
+        (["eps=inf"], "method.eps must be a finite number, got inf"),
         (
-            {"threshold": 0.8},
+            ["threshold=0.8"],
             "method.threshold is a cosine and needs method.normalize=true; without it balls have radii",
         ),
+        (["threshold=1.5", "normalize=true"], "method.threshold must be at most 1.0, got 1.5"),
         (
-            {"threshold": 1.5, "normalize": True},
-            "method.threshold must be in [-1, 1], got 1.5; scores of unit vectors are cosines",
-        ),
-        (
-            {"threshold": 0.8, "normalize": True, "same_key": "release"},
+            ["threshold=0.8", "normalize=true", "same_key=release"],
             "method.threshold needs method.same_key=update; of two balls on one key one is never met",
         ),
-        ({"label_rule": "mean"}, "method.label_rule must be 'tokens', 'release' or 'original', got 'mean'"),
-        ({"same_key": "split"}, "method.same_key must be 'update' or 'release', got 'split'"),
-        ({"value_init": "hot"}, "method.value_init must be 'cold' or 'warm', got 'hot'"),
+        (["label_rule=mean"], "method.label_rule must be 'tokens', 'original' or 'release', got 'mean'"),
+        (["same_key=split"], "method.same_key must be 'update' or 'release', got 'split'"),
+        (["value_init=hot"], "method.value_init must be 'cold' or 'warm', got 'hot'"),
         (
-            {"replacement": "last"},
+            ["replacement=last"],
             "method.replacement must be 'replace_last', 'replace_all' or 'replace_prompt', got 'last'",
         ),
+        (["decode_lookup=3"], "method.decode_lookup must be true or false, got 3"),
     ],
 )
-def test_a_setting_out_of_range_is_refused_in_one_sentence(changes: dict[str, Any], message: str, build: Build) -> None:
+def test_a_setting_out_of_range_is_refused_in_one_sentence(changes: list[str], message: str) -> None:
     with pytest.raises(UserError) as caught:
-        build(**changes)
+        run_config(["method=grace", *(f"method.{change}" for change in changes)])
     assert str(caught.value) == message
+
+
+def test_the_release_differs_in_which_targets_agree_and_in_known_prompts() -> None:
+    config, usual = run_config(["method=grace", "compat=release"]).method, run_config(["method=grace"]).method
+    assert isinstance(config, GraceConfig)
+    assert {name for name, value in config if value != usual[name]} == {"label_rule", "same_key"}
+    assert (config.label_rule, config.same_key) == ("release", "release")

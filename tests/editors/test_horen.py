@@ -11,10 +11,13 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from horen_bench.cases import EditCase
+from horen_bench.config.compose import run_config
+from horen_bench.editors.codebook.routing import RouterDescription
 from horen_bench.editors.codebook.training import edit_loss
+from horen_bench.editors.horen.config import HorenConfig
 from horen_bench.editors.horen.editor import HorenEditor
 from horen_bench.errors import UserError
-from horen_bench.prompts import announced_prompt, encode_edit, encode_prompts, pad
+from horen_bench.prompts import announced_prompt, pad
 
 MODULE = "model.layers.2.mlp.down_proj"
 PROMPT, TARGET, OTHER_TARGET = "Who founded Brightwater?", "Lucan Vey", "Petra Dunmore"
@@ -29,10 +32,11 @@ CASES = [
 Build = Callable[..., HorenEditor]
 
 
-def settings(**changes: Any) -> dict[str, Any]:
+def settings(**changes: Any) -> HorenConfig:
     """Settings of an editor that writes well on the reference model; a nested mapping is changed key by key."""
-    chosen: dict[str, Any] = {
-        "seed": 42,
+    values: dict[str, Any] = {
+        "name": "horen",
+        "label": "HoReN",
         "module": MODULE,
         "threshold": 0.6,
         "pooling_ratio": 0.6,
@@ -48,33 +52,33 @@ def settings(**changes: Any) -> dict[str, Any]:
         "train_batch": None,
     }
     for name, value in changes.items():
-        nested = isinstance(value, dict) and isinstance(chosen[name], dict)
-        chosen[name] = chosen[name] | value if nested else value
-    return chosen
+        nested = isinstance(value, dict) and isinstance(values[name], dict)
+        values[name] = values[name] | value if nested else value
+    return HorenConfig(**values)
 
 
 @pytest.fixture
 def build(golden_model: PreTrainedModel, golden_tokenizer: PreTrainedTokenizerBase) -> Build:
     """Builds editors on one copy of the reference model."""
 
-    def on_the_reference_model(**changes: Any) -> HorenEditor:
-        return HorenEditor(golden_model, golden_tokenizer, **settings(**changes))
+    def on_the_reference_model(seed: int = 42, **changes: Any) -> HorenEditor:
+        return HorenEditor(golden_model, golden_tokenizer, settings(**changes), seed=seed)
 
     return on_the_reference_model
 
 
 def decoded(editor: HorenEditor, prompts: Sequence[str], n: int, **how: Any) -> list[str]:
     """`n` greedy tokens after each prompt, in one batch, as text."""
-    batch = pad(encode_prompts(editor.tokenizer, prompts), 0, how.pop("side", "left"))
+    batch = pad(editor.encoder.prompts(prompts), 0, how.pop("side", "left"))
     generate: Callable[..., Tensor] = getattr(editor.model, "generate")  # noqa: B009 - its type is not declared
     new = generate(batch.input_ids, attention_mask=batch.attention_mask, max_new_tokens=n, do_sample=False, **how)
-    return list(editor.tokenizer.batch_decode(new[:, batch.input_ids.shape[1] :], skip_special_tokens=True))
+    return list(editor.encoder.tokenizer.batch_decode(new[:, batch.input_ids.shape[1] :], skip_special_tokens=True))
 
 
 def logits(editor: HorenEditor, prompts: Sequence[str]) -> Tensor:
-    batch = pad(encode_prompts(editor.tokenizer, prompts), 0)
-    found: Tensor = editor.model(batch.input_ids, batch.attention_mask, position_ids=batch.position_ids).logits
-    return found
+    batch = pad(editor.encoder.prompts(prompts), 0)
+    scores: Tensor = editor.model(batch.input_ids, batch.attention_mask, position_ids=batch.position_ids).logits
+    return scores
 
 
 def axis(i: int) -> Tensor:
@@ -117,8 +121,8 @@ def test_the_value_is_added_once_at_the_last_prompt_token(build: Build) -> None:
     outputs: list[Tensor] = []
     editor.edit(CASES[:1])
     handle = module.register_forward_hook(lambda _m, _i, output: outputs.append(output))
-    ids = torch.tensor([editor.tokenizer(f"{PROMPT} {TARGET}")["input_ids"]])
-    n_prompt = len(editor.tokenizer(PROMPT)["input_ids"])
+    ids = torch.tensor([editor.encoder.tokenizer(f"{PROMPT} {TARGET}")["input_ids"]])
+    n_prompt = len(editor.encoder.tokenizer(PROMPT)["input_ids"])
     with announced_prompt(torch.ones(1, n_prompt)):
         editor.model(ids)
     editor.detach()
@@ -131,7 +135,7 @@ def test_the_value_is_added_once_at_the_last_prompt_token(build: Build) -> None:
 
 def test_values_stay_float32_and_keys_are_as_narrow_as_the_model(golden_folder: Path, golden_tokenizer: Any) -> None:
     model = AutoModelForCausalLM.from_pretrained(golden_folder, dtype=torch.bfloat16).requires_grad_(False)
-    editor = HorenEditor(model, golden_tokenizer, **settings())
+    editor = HorenEditor(model, golden_tokenizer, settings(), seed=42)
     base = logits(editor, [UNRELATED])
     editor.edit(CASES[:2])
     assert editor.codebook.keys.dtype == torch.bfloat16
@@ -177,7 +181,7 @@ def test_every_backbone_of_the_paper_shows_its_edit(model_type: str, golden_toke
     assert (getattr(model.get_submodule(module), "bias", None) is not None) == (model_type == "gpt_oss")
     changes = {"module": module, "threshold": 0.9, "vector": {"learning_rate": 0.3}, "n_steps": 150}
     stop = {"loss_bound": 0.05, "patience": 30}
-    editor = HorenEditor(model, golden_tokenizer, **settings(early_stopping=stop, **changes))
+    editor = HorenEditor(model, golden_tokenizer, settings(early_stopping=stop, **changes), seed=42)
     base, before = logits(editor, [UNRELATED]), decoded(editor, [PROMPT, UNRELATED], 3)
     (record,) = editor.edit([EditCase("a", PROMPT, "Lucan")])
     assert record.loss < 0.05
@@ -194,7 +198,7 @@ def test_every_backbone_of_the_paper_shows_its_edit(model_type: str, golden_toke
 
 def test_queries_are_the_same_whatever_stands_beside_them_in_the_batch(build: Build) -> None:
     editor = build()
-    rows = encode_prompts(editor.tokenizer, [case.prompt for case in CASES] + [UNRELATED])
+    rows = editor.encoder.prompts([case.prompt for case in CASES] + [UNRELATED])
     alone = torch.cat([editor.queries([row]) for row in rows])
     torch.testing.assert_close(editor.queries(rows), alone, rtol=0, atol=1e-6)
     torch.testing.assert_close(editor.queries(rows, batch_size=2), alone, rtol=0, atol=1e-6)
@@ -205,24 +209,24 @@ def test_queries_are_the_same_whatever_stands_beside_them_in_the_batch(build: Bu
 @pytest.mark.parametrize("padding", [0, 77])
 def test_padding_is_not_pooled(side: Any, padding: int, build: Build) -> None:
     editor = build()
-    rows = encode_prompts(editor.tokenizer, [PROMPT, UNRELATED])
+    rows = editor.encoder.prompts([PROMPT, UNRELATED])
     batch = pad(rows, padding, side)
-    found: list[Tensor] = []
-    with editor.hook.responding(lambda inputs, _, prompt: found.append(editor.query(inputs, prompt))):
+    queries: list[Tensor] = []
+    with editor.hook.responding(lambda inputs, _, prompt: queries.append(editor.query(inputs, prompt))):
         editor.model(batch.input_ids, batch.attention_mask, position_ids=batch.position_ids)
-    torch.testing.assert_close(found[0], editor.queries(rows), rtol=0, atol=1e-6)
+    torch.testing.assert_close(queries[0], editor.queries(rows), rtol=0, atol=1e-6)
 
 
 def test_target_tokens_behind_an_announced_prompt_are_not_pooled(build: Build) -> None:
     editor = build()
-    edit = encode_edit(editor.tokenizer, PROMPT, TARGET)
-    found: list[Tensor] = []
+    edit = editor.encoder.edit(PROMPT, TARGET)
+    queries: list[Tensor] = []
     with (
         announced_prompt(torch.ones(1, len(edit.prompt))),
-        editor.hook.responding(lambda inputs, _, prompt: found.append(editor.query(inputs, prompt))),
+        editor.hook.responding(lambda inputs, _, prompt: queries.append(editor.query(inputs, prompt))),
     ):
         editor.model(torch.tensor([edit.ids]))
-    torch.testing.assert_close(found[0], editor.queries([edit.prompt]), rtol=0, atol=1e-6)
+    torch.testing.assert_close(queries[0], editor.queries([edit.prompt]), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -285,6 +289,31 @@ def test_without_normalization_scores_are_plain_inner_products(build: Build) -> 
     assert matches.matched.tolist() == [True, False]
 
 
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, RouterDescription("last 60% pooled, T = 1", "cosine", 0.6, "Hopfield, T = 1")),
+        (
+            {"normalize": False, "pooling_ratio": 0.0, "hopfield": {"steps": 0}, "threshold": 5.0},
+            RouterDescription("last token, T = 0", "inner product", 5.0, "Hopfield, T = 0"),
+        ),
+    ],
+)
+def test_the_router_is_described_as_it_is_set(
+    changes: dict[str, Any], expected: RouterDescription, build: Build
+) -> None:
+    assert build(**changes).describe_router() == expected
+
+
+def test_similarities_are_the_scores_of_the_given_keys(build: Build) -> None:
+    editor = build()
+    remember(editor, axis(0), axis(1))
+    queries = torch.stack([0.6 * axis(0) + 0.8 * axis(1), axis(1)])
+    matches = editor.match(queries)
+    torch.testing.assert_close(editor.similarity(queries, editor.codebook.keys[matches.entries]), matches.scores)
+    assert (editor.similarity(queries, editor.codebook.keys[[0, 0]]) < matches.scores).all()
+
+
 def test_routes_tell_what_each_prompt_would_meet(build: Build) -> None:
     editor = build(n_steps=0)
     (empty,) = editor.routes([PROMPT])
@@ -331,8 +360,8 @@ def test_sequential_edits_in_several_calls_equal_edits_in_one_bit_for_bit(sizes:
     for size in sizes:
         split.edit(stream[start : start + size])
         start += size
-    expected, found = straight.state_dict(), split.state_dict()
-    assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
+    expected, state = straight.state_dict(), split.state_dict()
+    assert [name for name in expected if not torch.equal(state[name], expected[name])] == []
 
 
 def test_fine_tuning_goes_on_from_the_old_value_and_leaves_key_and_neighbours_alone(build: Build) -> None:
@@ -361,7 +390,7 @@ def test_the_stored_key_is_the_query_before_refinement(build: Build) -> None:
     # Three strong steps drag the refined query onto the first key; the stored key must not follow.
     editor = build(n_steps=0, hopfield={"alpha": 0.9, "steps": 3}, threshold=1.0)
     editor.edit(CASES[:2])
-    rows = encode_prompts(editor.tokenizer, [case.prompt for case in CASES[:2]])
+    rows = editor.encoder.prompts([case.prompt for case in CASES[:2]])
     own = torch.cat([editor.queries([row]) for row in rows])
     assert torch.equal(editor.codebook.keys, own)
     assert (editor.codebook.keys[0] @ own[1]).item() < 0.5
@@ -389,13 +418,13 @@ def test_targets_are_compared_by_tokens_or_as_the_release_does(
 
 def test_the_label_means_of_the_release_take_reordered_targets_for_the_same(build: Build) -> None:
     # Labels (-100 x 6, a, b) and (-100 x 6, b, a) have one mean, so the release fine-tunes the wrong entry.
-    one, other = "1927 300", "300 1927"
+    target, reordered = "1927 300", "300 1927"
     for rule, action in (("tokens", "conflict"), ("release", "fine_tuned")):
         editor = build(label_rule=rule, threshold=-1.0, n_steps=0)
-        targets = [encode_edit(editor.tokenizer, PROMPT, text).target for text in (one, other)]
+        targets = [editor.encoder.edit(PROMPT, text).target for text in (target, reordered)]
         assert targets[0] != targets[1]
         assert sorted(targets[0]) == sorted(targets[1])
-        assert [r.action for r in editor.edit([EditCase("x", PROMPT, one), EditCase("y", PROMPT, other)])] == [
+        assert [r.action for r in editor.edit([EditCase("x", PROMPT, target), EditCase("y", PROMPT, reordered)])] == [
             "inserted",
             action,
         ]
@@ -414,7 +443,7 @@ def test_a_loss_that_is_not_finite_is_reported_and_the_stream_goes_on(
 ) -> None:
     calls = iter(range(100))
     monkeypatch.setattr(
-        "horen_bench.editors.codebook.editor.edit_loss",
+        "horen_bench.editors.codebook.training.edit_loss",
         lambda *args: edit_loss(*args) * (math.nan if next(calls) == 2 else 1.0),
     )
     first, second = build().edit(CASES[:2])
@@ -475,9 +504,9 @@ def test_going_on_from_a_file_equals_going_on(adaptor: str, build: Build, tmp_pa
     second = build(adaptor=adaptor, n_steps=5)
     second.load_state_dict(load_file(tmp_path / "state.safetensors"))
     second.edit(stream[2:])
-    expected, found = straight.state_dict(), second.state_dict()
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    expected, state = straight.state_dict(), second.state_dict()
+    assert state.keys() == expected.keys()
+    assert all(torch.equal(state[name], expected[name]) for name in expected)
 
 
 @pytest.mark.parametrize("broken", ["n_edits", "labels", "label_ends", "prompt_lengths"])
@@ -511,41 +540,22 @@ def test_a_state_of_another_adaptor_is_refused(build: Build) -> None:
 def test_two_editors_on_two_models_do_not_see_each_other(
     build: Build, other_golden_model: PreTrainedModel, golden_tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    one, other = build(), HorenEditor(other_golden_model, golden_tokenizer, **settings())
-    base = logits(other, [PROMPT])
-    one.edit(CASES[:1])
-    assert torch.equal(logits(other, [PROMPT]), base)
-    other.edit(CASES[3:])
-    said = [decoded(editor, [PROMPT], 6)[0] for editor in (one, other)]
+    ours, theirs = build(), HorenEditor(other_golden_model, golden_tokenizer, settings(), seed=42)
+    base = logits(theirs, [PROMPT])
+    ours.edit(CASES[:1])
+    assert torch.equal(logits(theirs, [PROMPT]), base)
+    theirs.edit(CASES[3:])
+    said = [decoded(editor, [PROMPT], 6)[0] for editor in (ours, theirs)]
     assert said[0].startswith(f" {TARGET}")
     assert said[1].startswith(f" {OTHER_TARGET}")
 
 
-# --- What the user is told -----------------------------------------------------------------------------
+# --- Refusals and warnings ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (
-            {"threshold": 1.2},
-            "method.threshold must be in [-1, 1], got 1.2; scores of unit vectors are cosines",
-        ),
-        (
-            {"pooling_ratio": 60},
-            "method.pooling_ratio must be in [0, 1], got 60; 0 is the last token alone",
-        ),
-        ({"hopfield": {"beta": 0}}, "method.hopfield.beta must be > 0, got 0"),
-        ({"hopfield": {"beta": math.nan}}, "method.hopfield.beta must be > 0, got nan"),
-        ({"hopfield": {"alpha": 1.5}}, "method.hopfield.alpha must be in [0, 1], got 1.5"),
-        (
-            {"hopfield": {"steps": -1}},
-            "method.hopfield.steps and .eps must not be negative, "
-            "got {'beta': 20.0, 'alpha': 0.1, 'steps': -1, 'eps': 1e-05}",
-        ),
-        ({"n_steps": -1}, "method.n_steps must not be negative, got -1"),
-        ({"engine": "fast"}, "method.engine must be 'parallel' or 'sequential', got 'fast'"),
-        ({"adaptor": "matrix"}, "method.adaptor must be 'vector' or 'lora', got 'matrix'"),
         (
             {"module": "model.layers.2.mlp.act_fn"},
             "method.module=model.layers.2.mlp.act_fn is a SiLUActivation; a linear module is needed",
@@ -557,31 +567,60 @@ def test_two_editors_on_two_models_do_not_see_each_other(
         ),
     ],
 )
-def test_a_setting_out_of_range_is_refused_in_one_sentence(changes: dict[str, Any], message: str, build: Build) -> None:
+def test_a_module_that_does_not_suit_is_refused_in_one_sentence(
+    changes: dict[str, Any], message: str, build: Build
+) -> None:
     with pytest.raises(UserError) as caught:
         build(**changes)
     assert str(caught.value) == message
 
 
-def test_a_threshold_above_one_is_fine_where_scores_are_no_cosines(build: Build) -> None:
-    assert build(normalize=False, threshold=30.0).threshold == 30.0
-
-
 @pytest.mark.parametrize(
-    "changes",
+    ("change", "message"),
     [
-        {"label_rule": "token"},
-        {"hopfield": {"temperature": 1.0}},
-        {"hopfield": {"eps": -1.0}},
-        {"early_stopping": {"loss_bound": 0.01, "patience": 0}},
-        {"lora": {"rank": 0}, "adaptor": "lora"},
-        {"vector": {"learning_rate": -1.0}},
+        ("threshold=1.2", "method.threshold must be in [-1, 1], got 1.2; scores of unit vectors are cosines"),
+        ("pooling_ratio=60", "method.pooling_ratio must be at most 1.0, got 60"),
+        ("normalize=5", "method.normalize must be true or false, got 5"),
+        ("hopfield.beta=0", "method.hopfield.beta must be above 0.0, got 0"),
+        ("hopfield.beta=nan", "method.hopfield.beta must be a finite number, got nan"),
+        ("hopfield.alpha=1.5", "method.hopfield.alpha must be at most 1.0, got 1.5"),
+        ("hopfield.steps=-1", "method.hopfield.steps must be at least 0, got -1"),
+        ("hopfield.steps=1.5", "method.hopfield.steps must be a whole number, got 1.5"),
+        ("hopfield.eps=-1.0", "method.hopfield.eps must be at least 0.0, got -1.0"),
+        ("n_steps=-1", "method.n_steps must be at least 0, got -1"),
+        ("n_steps=1.5", "method.n_steps must be a whole number, got 1.5"),
+        ("train_batch=0", "method.train_batch must be at least 1, got 0"),
+        ("train_batch=abc", "method.train_batch must be a whole number, got 'abc'"),
+        ("engine=fast", "method.engine must be 'parallel' or 'sequential', got 'fast'"),
+        ("adaptor=matrix", "method.adaptor must be 'vector' or 'lora', got 'matrix'"),
+        ("label_rule=token", "method.label_rule must be 'tokens' or 'release', got 'token'"),
+        ("label_rule=original", "method.label_rule must be 'tokens' or 'release', got 'original'"),
+        ("early_stopping.patience=0", "method.early_stopping.patience must be at least 1, got 0"),
+        ("lora.rank=0", "method.lora.rank must be at least 1, got 0"),
+        ("vector.learning_rate=-1.0", "method.vector.learning_rate must be above 0.0, got -1.0"),
     ],
-    ids=["label_rule", "unknown hopfield key", "eps", "patience", "rank", "learning_rate"],
 )
-def test_other_nonsense_is_refused_before_anything_is_written(changes: dict[str, Any], build: Build) -> None:
-    with pytest.raises((UserError, TypeError)):
-        build(**changes)
+def test_a_setting_out_of_range_is_refused_in_one_sentence(change: str, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        run_config(["method=horen", f"method.{change}"])
+    assert str(caught.value) == message
+
+
+def test_an_unknown_setting_of_the_retrieval_is_refused() -> None:
+    with pytest.raises(UserError, match="there is no such setting"):
+        run_config(["method=horen", "+method.hopfield.temperature=1.0"])
+
+
+def test_a_threshold_above_one_is_fine_where_scores_are_no_cosines() -> None:
+    assert settings(normalize=False, threshold=30.0).threshold == 30.0
+
+
+def test_the_release_compares_label_rows_and_takes_all_steps() -> None:
+    config = run_config(["method=horen", "compat=release"]).method
+    assert isinstance(config, HorenConfig)
+    assert (config.label_rule, config.early_stopping) == ("release", None)
+    usual = run_config(["method=horen"]).method
+    assert {name for name, value in config if value != usual[name]} == {"label_rule", "early_stopping"}
 
 
 def test_the_last_block_comes_with_a_warning(build: Build) -> None:

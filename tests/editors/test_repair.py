@@ -10,12 +10,13 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from horen_bench.cases import EditCase
-from horen_bench.editors.wise.repair import (
-    RepairEditor,
-    Sample,
-    Shard,
-    alignment,
-    distillation,
+from horen_bench.config.compose import run_config
+from horen_bench.editors.wise.config import RepairConfig
+from horen_bench.editors.wise.distillation import alignment, divergence, teacher_of
+from horen_bench.editors.wise.repair import RepairEditor
+from horen_bench.editors.wise.repair_batches import (
+    TrainedShard,
+    WindowEdit,
     gaussian,
     inconsistent,
     loss_aware_ties,
@@ -30,52 +31,16 @@ CASES = [
     EditCase("third", "Which company made the Larkspur 300?", "Grenholm"),
     EditCase("fourth", "Where is Larkspur?", "Port Maribel"),
 ]
-SIDE: dict[str, Any] = {
-    "retrieve": True,
-    "templates": ["{}", "I walked a {}"],
-    "learning_rate": 0.3,
-    "weight_decay": 1e-5,
-    "n_steps": 3,
-    "early_stopping": {"loss": 0.02, "change": 1e-4},
-    "act_margin": [1.0, 6.0, 4.0],
-    "act_ratio": 0.8,
-    "mask_ratio": 0.8,
-    "norm_constraint": 1.0,
-    "save_freq": 2,
-    "merge_freq": 4,
-    "density": 0.53,
-    "loc_source": "disjoint",
-    "irrelevant_prompts": None,
-    "add_bias": True,
-    "shards_at_once": 1,
-    "engine": "cached",
-}
-SETTINGS: dict[str, Any] = {
-    "seed": 42,
-    "module": "model.layers.2.mlp.down_proj",
-    "mode": "paper",
-    "act_weight": 1.0,
-    "distill": "logit",
-    "distill_lambda": 0.2,
-    "temperature": 2.0,
-    "distill_spread": 0.1,
-    "consistency": None,
-    "error_threshold": 0.85,
-    "prune_threshold": 0.5,
-    "prune_noise": 0.0,
-    "pool_limit": None,
-    "max_rounds": 0,
-    "max_retries": 3,
-    "max_trainings": 100,
-    "loss_sensitivity": 1.0,
-}
 Build = Callable[..., RepairEditor]
 
 
 @pytest.fixture
-def build(golden_model: PreTrainedModel, golden_tokenizer: PreTrainedTokenizerBase) -> Build:
+def build(
+    golden_model: PreTrainedModel, golden_tokenizer: PreTrainedTokenizerBase, repair_config: Callable[..., RepairConfig]
+) -> Build:
     def built(side: dict[str, Any] | None = None, **changes: Any) -> RepairEditor:
-        return RepairEditor(golden_model, golden_tokenizer, side={**SIDE, **(side or {})}, **{**SETTINGS, **changes})
+        config = repair_config({"n_steps": 3, **(side or {})}, **changes)
+        return RepairEditor(golden_model, golden_tokenizer, config, seed=42)
 
     return built
 
@@ -96,11 +61,11 @@ def test_earlier_sample_comes_first_where_all_are_alike() -> None:
 
 def test_merging_weighs_agreement_by_loss_and_leaves_conflicts_to_the_stronger() -> None:
     base = torch.ones(4)
-    one, two = base + torch.tensor([0.2, -0.1, 0.3, 0.0]), base + torch.tensor([0.4, 0.3, 0.0, 0.0])
+    first, second = base + torch.tensor([0.2, -0.1, 0.3, 0.0]), base + torch.tensor([0.4, 0.3, 0.0, 0.0])
     losses = [0.0, torch.tensor(1.5).log().item()]  # shares 0.6 and 0.4
     expected = base + torch.tensor([0.28, 0.3, 0.3, 0.0])
-    torch.testing.assert_close(loss_aware_ties([one, two], base, losses, 1.0), expected)
-    even = loss_aware_ties([one, two], base, losses, 0.0)
+    torch.testing.assert_close(loss_aware_ties([first, second], base, losses, 1.0), expected)
+    even = loss_aware_ties([first, second], base, losses, 0.0)
     torch.testing.assert_close(even, base + torch.tensor([0.3, 0.3, 0.3, 0.0]))
 
 
@@ -108,8 +73,8 @@ def test_distillation_is_the_squared_temperature_times_the_mean_divergence() -> 
     teacher, student = torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, 2.0]])
     softened = torch.softmax(student / 2, dim=-1)[0]
     expected = 4 * sum(0.5 * (0.5 / share).log() for share in softened)
-    torch.testing.assert_close(distillation(teacher, student, 2.0), torch.as_tensor(expected))
-    assert distillation(student, student, 2.0).item() == pytest.approx(0)
+    torch.testing.assert_close(divergence(teacher, student, 2.0), torch.as_tensor(expected))
+    assert divergence(student, student, 2.0).item() == pytest.approx(0)
 
 
 def test_alignment_pulls_to_the_seed_and_to_the_mean() -> None:
@@ -135,8 +100,8 @@ def test_each_window_leaves_one_memory_and_a_record_per_case_in_order(build: Bui
     more = [EditCase(f"{case.id} again", case.prompt, case.target) for case in CASES[:2]]
     records = editor.edit([*CASES, *more])
     assert [record.case_id for record in records] == [case.id for case in [*CASES, *more]]
-    assert (len(editor.memories), editor.live) == (2, None)
-    assert (editor.n_shards, editor.n_trainings, editor.n_edits) == (3, 6, 6)
+    assert (len(editor.weights.stored), editor.weights.live) == (2, None)
+    assert (editor.n_shards, editor.n_trainings, editor.weights.n_edits) == (3, 6, 6)
     assert editor.slice_size == 4
     assert "windows of 4 edits in batches of 2" in editor.warnings()[-1]
 
@@ -146,7 +111,7 @@ def test_failures_prune_a_shard_and_are_trained_again(build: Build) -> None:
     records = editor.edit(CASES)
     assert editor.n_trainings == 8
     assert [record.steps for record in records] == [6] * 4
-    assert len(editor.memories) == 1
+    assert len(editor.weights.stored) == 1
     assert [sample.retries for sample in editor.pool] == [1] * 4
 
 
@@ -169,22 +134,22 @@ def test_what_is_right_is_not_trained_again(build: Build) -> None:
 
 def test_worst_shard_goes_and_its_sound_members_are_trained_again(build: Build, monkeypatch: Any) -> None:
     editor = build(max_rounds=1)
-    samples = [Sample(case) for case in CASES]
+    samples = [WindowEdit(case) for case in CASES]
     weight = editor._linear.weight.detach()
-    shards = [Shard(Memory(weight, 1.0), samples[:2]), Shard(Memory(weight, 2.0), samples[2:])]
+    shards = [TrainedShard(Memory(weight, 1.0), samples[:2]), TrainedShard(Memory(weight, 2.0), samples[2:])]
     monkeypatch.setattr(editor, "_shares_right", lambda cases: [1.0 if case.id == "third" else 0.0 for case in cases])
     assert editor._repair(shards)
-    assert [[one.case.id for one in shard.members] for shard in shards[:1]] == [["third"]]  # the first shard went
-    assert sorted(one.case.id for shard in shards[1:] for one in shard.members) == ["first", "fourth", "second"]
+    assert [[edit.case.id for edit in shard.members] for shard in shards[:1]] == [["third"]]  # the first shard went
+    assert sorted(edit.case.id for shard in shards[1:] for edit in shard.members) == ["first", "fourth", "second"]
     assert samples[2].retries == 0
 
 
 def test_shards_that_nothing_reaches_leave_no_memory(build: Build) -> None:
     editor = build()
-    assert editor._merged_shards([Shard(Memory(editor._linear.weight.detach(), 1e9))]) == []
+    assert editor._merged_shards([TrainedShard(Memory(editor._linear.weight.detach(), 1e9))]) == []
     (record,) = editor.edit([EditCase("blank", "Who?", " ")])
     assert record.action == "failed"
-    assert editor.memories == []
+    assert editor.weights.stored == []
 
 
 def test_failures_survive_a_restart(build: Build) -> None:
@@ -196,11 +161,11 @@ def test_failures_survive_a_restart(build: Build) -> None:
     editor.detach()
     resumed = build(max_rounds=1, error_threshold=1.0)
     resumed.load_state_dict(state)
-    assert sorted(one.case.id for one in resumed.pool) == sorted(case.id for case in CASES)
+    assert sorted(edit.case.id for edit in resumed.pool) == sorted(case.id for case in CASES)
     resumed.edit(CASES[:2])
-    found = resumed.state_dict()
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    ours = resumed.state_dict()
+    assert ours.keys() == expected.keys()
+    assert all(torch.equal(ours[name], tensor) for name, tensor in expected.items())
 
 
 @pytest.mark.parametrize("kind", ["logit", "feature"])
@@ -209,26 +174,26 @@ def test_teacher_changes_what_the_others_learn(build: Build, kind: str) -> None:
     for distill in (kind, "none"):
         editor = build(distill=distill)
         editor.edit(CASES[:2])
-        weights.append(editor.memories[0].weight)
+        weights.append(editor.weights.stored[0].weight)
         editor.detach()
     assert not torch.equal(*weights)
 
 
 def test_features_of_a_batch_are_the_seeds_and_the_mean_so_far(build: Build) -> None:
     editor = build(distill="feature")
-    batch = editor._opened([Sample(case) for case in CASES], 0.0)
-    assert editor._teacher_of(batch) is None
-    batch.heard = [torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])]
-    teacher = editor._teacher_of(batch)
+    batch = editor._opened([WindowEdit(case) for case in CASES], 0.0)
+    assert teacher_of(batch.references, editor.config) is None
+    batch.references = [torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])]
+    teacher = teacher_of(batch.references, editor.config)
     assert teacher is not None
     assert teacher.tolist() == [[1, 0], [0.5, 0.5]]
 
 
-def near(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+def near(ours: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     """The same state up to the rounding of float32, over as many steps as the tests take."""
-    assert found.keys() == expected.keys()
+    assert ours.keys() == expected.keys()
     for name, tensor in expected.items():
-        torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-4, msg=name)
+        torch.testing.assert_close(ours[name], tensor, rtol=1e-4, atol=1e-4, msg=name)
 
 
 @pytest.mark.parametrize(
@@ -240,26 +205,26 @@ def test_shards_and_windows_side_by_side_are_those_trained_one_by_one(
     build: Build, changes: dict[str, Any], distill: str
 ) -> None:
     more = [EditCase(f"{case.id} again", case.target, case.prompt) for case in CASES[:3]]
-    found = []
+    outcomes = []
     for side in ({"engine": "sequential"}, {}, {"shards_at_once": 4}):
         editor = build(side, distill=distill, **changes)
-        records = [(one.case_id, one.action, one.steps) for one in editor.edit([*CASES, *more])]
-        found.append((editor.state_dict(), records))
+        records = [(record.case_id, record.action, record.steps) for record in editor.edit([*CASES, *more])]
+        outcomes.append((editor.state_dict(), records))
         editor.detach()
     assert editor.slice_size == (4 if changes else 8)
-    together, together_records = found.pop()
-    for state, records in found:
+    together, together_records = outcomes.pop()
+    for state, records in outcomes:
         assert together_records == records
         near(together, state)
 
 
-def test_put_off_samples_wait_once_through_a_restart_and_are_written_before_questions(build: Build) -> None:
+def test_put_off_edits_wait_once_through_a_restart_and_are_written_by_a_flush(build: Build) -> None:
     editor = build(consistency=1e-6)  # nobody but the seeds is like a seed
     records = editor.edit(CASES)
     put_off = [record.case_id for record in records if record.problem]
     assert len(put_off) == 2
     assert [sample.case.id for sample in editor.waiting] == put_off
-    assert (editor.n_trainings, editor.n_edits) == (2, 4)
+    assert (editor.n_trainings, editor.weights.n_edits) == (2, 4)
     state = editor.state_dict()
     editor.detach()
     resumed = build(consistency=1e-6)
@@ -268,18 +233,18 @@ def test_put_off_samples_wait_once_through_a_restart_and_are_written_before_ques
     assert not set(put_off) & {sample.case.id for sample in resumed.waiting}
     n_waiting = sum(record.problem is not None for record in records)
     assert (len(resumed.waiting), resumed.n_trainings) == (n_waiting, 2 + 4 - n_waiting)
-    resumed.settle()
-    assert (resumed.waiting, resumed.n_trainings, resumed.n_edits) == ([], 6, 6)
+    resumed.flush()
+    assert (resumed.waiting, resumed.n_trainings, resumed.weights.n_edits) == ([], 6, 6)
     before = resumed.state_dict()
-    resumed.settle()
+    resumed.flush()
     assert all(torch.equal(tensor, before[name]) for name, tensor in resumed.state_dict().items())
 
 
 def test_noise_on_repeated_trainings_has_its_deviation_and_comes_back(build: Build) -> None:
     editor = build()
     base = editor._linear.weight.detach()
-    assert editor._opened([Sample(CASES[0])], 0.0).weight is None
-    first, second = (editor._opened([Sample(CASES[0])], 0.5).weight for _ in range(2))
+    assert editor._opened([WindowEdit(CASES[0])], 0.0).weight is None
+    first, second = (editor._opened([WindowEdit(CASES[0])], 0.5).weight for _ in range(2))
     assert first is not None
     assert second is not None
     assert (first - base).std().item() == pytest.approx(0.5, rel=0.03)
@@ -289,40 +254,43 @@ def test_noise_on_repeated_trainings_has_its_deviation_and_comes_back(build: Bui
 
 def test_only_repeated_trainings_start_from_noise(build: Build, monkeypatch: Any) -> None:
     editor = build(max_rounds=1, error_threshold=1.0, prune_noise=0.25)
-    heard: list[float] = []
+    noises: list[float] = []
     opened = editor._opened
 
-    def noting(samples: list[Sample], noise: float) -> Any:
-        heard.append(noise)
+    def noting(samples: list[WindowEdit], noise: float) -> Any:
+        noises.append(noise)
         return opened(samples, noise)
 
     monkeypatch.setattr(editor, "_opened", noting)
     editor.edit(CASES)
-    assert heard == [0, 0, 0.25, 0.25]
+    assert noises == [0, 0, 0.25, 0.25]
 
 
 def test_released_mode_works_edit_by_edit_as_wise(build: Build) -> None:
     editor = build(mode="released", distill="none")
     editor.edit(CASES[:3])
-    assert (len(editor.memories), editor.live is None, editor.slice_size) == (1, False, 1)
+    assert (len(editor.weights.stored), editor.weights.live is None, editor.slice_size) == (1, False, 1)
 
 
 @pytest.mark.parametrize(
-    ("changes", "sentence"),
+    ("settings", "sentence"),
     [
-        ({"mode": "other"}, "method.mode"),
-        ({"distill": "features"}, "method.distill"),
-        ({"mode": "released", "distill": "feature"}, "neither distill=feature"),
-        ({"mode": "released", "distill": "none", "consistency": 0.5}, "neither distill=feature"),
-        ({"consistency": 0.0}, "method.consistency"),
-        ({"prune_noise": -1.0}, "method.prune_noise"),
-        ({"temperature": 0.0}, "method.temperature"),
-        ({"error_threshold": 2.0}, "method.error_threshold"),
-        ({"prune_threshold": -1.0}, "method.prune_threshold"),
-        ({"mode": "released"}, "engine=sequential"),
-        ({"side": {"retrieve": False}}, "retrieve must be true"),
+        ("mode=other", "method.mode must be 'paper' or 'released', got 'other'"),
+        ("distill=features", "method.distill must be 'logit', 'feature' or 'none', got 'features'"),
+        ("mode=released distill=feature", "method.mode=released has neither distill=feature nor consistency"),
+        ("mode=released distill=none consistency=0.5", "method.mode=released has neither distill=feature nor"),
+        ("consistency=0.0", "method.consistency must be above 0"),
+        ("prune_noise=-1.0", "method.prune_noise must be at least 0"),
+        ("temperature=0.0", "method.temperature must be above 0"),
+        ("error_threshold=2.0", "method.error_threshold must be at most 1"),
+        ("prune_threshold=-1.0", "method.prune_threshold must be at least 0"),
+        ("mode=released", "method.mode=released distills all positions; set method.side.engine=sequential"),
+        ("side.retrieve=false", "method.side.retrieve must be true; REPAIR routes among memories"),
+        ("side.merge_freq=3", "method.side.merge_freq must be a multiple of save_freq, got 3 and 2"),
+        ("side.templates=[none]", "method.side.templates must hold '{}', where the prompt goes, got 'none'"),
     ],
 )
-def test_settings_out_of_range_are_refused(build: Build, changes: dict[str, Any], sentence: str) -> None:
-    with pytest.raises(UserError, match=sentence):
-        build(**changes)
+def test_settings_out_of_range_are_refused(settings: str, sentence: str) -> None:
+    with pytest.raises(UserError) as caught:
+        run_config(["method=repair", *(f"method.{setting}" for setting in settings.split())])
+    assert str(caught.value).startswith(sentence)

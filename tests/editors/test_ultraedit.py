@@ -4,14 +4,21 @@ from typing import Any
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerBase
 
 from horen_bench.cases import EditCase
-from horen_bench.editors.ultraedit.editor import Features, RowStatistics, Sample, Shift, UltraEditEditor, closed_form
+from horen_bench.config.compose import run_config
+from horen_bench.editors.ultraedit.config import UltraEditConfig
+from horen_bench.editors.ultraedit.editor import (
+    Features,
+    LabelledSentence,
+    RowStatistics,
+    Shift,
+    UltraEditEditor,
+    closed_form,
+)
 from horen_bench.errors import UserError
-from horen_bench.paths import resource
 
 MODULES = ["model.layers.1.mlp.gate_proj", "model.layers.2.mlp.up_proj"]
 CASES = [
@@ -27,18 +34,13 @@ Build = Callable[..., UltraEditEditor]
 @pytest.fixture
 def build(golden_model: PreTrainedModel, golden_tokenizer: PreTrainedTokenizerBase) -> Build:
     def on(model: PreTrainedModel = golden_model, tokenizer: Any = golden_tokenizer, **changes: Any) -> UltraEditEditor:
-        regimes: Any = OmegaConf.to_container(OmegaConf.load(resource("conf") / "method" / "ultraedit.yaml").regimes)
-        settings: dict[str, Any] = {
-            "seed": 0,
+        settings = {
+            **run_config(["method=ultraedit"]).method.model_dump(),
             "modules": MODULES,
             "learning_rate": 1e-3,
-            "regime": "release",
-            "regimes": regimes,
-            "edits_per_turn": 1,
-            "micro_batch": 1,
-            "master_weights": False,
+            **changes,
         }
-        return UltraEditEditor(model, tokenizer, **{**settings, **changes})
+        return UltraEditEditor(model, tokenizer, UltraEditConfig(**settings))
 
     return on
 
@@ -61,8 +63,8 @@ GRADIENTS_B = torch.tensor([[0.1], [0.2], [0.0]])
 
 def after(*gradients: Tensor) -> RowStatistics:
     statistics = RowStatistics.empty(3, torch.device("cpu"))
-    for one in gradients:
-        statistics = statistics.updated(torch.cat([KEYS, one], dim=1))
+    for rows in gradients:
+        statistics = statistics.updated(torch.cat([KEYS, rows], dim=1))
     return statistics
 
 
@@ -96,8 +98,8 @@ def test_both_forms_of_the_solution_are_the_plain_one(n_rows: int) -> None:
     statistics = RowStatistics.empty(19, inputs.device).updated(features.joined)
     shift = closed_form(features, statistics, 0.1)
     keys, normal = statistics.normalized(features.joined).tensor_split([12], dim=1)
-    wanted = -0.1 * keys.square().sum(dim=1, keepdim=True) * normal
-    plain = torch.linalg.solve(inputs.T @ inputs + torch.eye(12), inputs.T @ wanted)
+    changes = -0.1 * keys.square().sum(dim=1, keepdim=True) * normal
+    plain = torch.linalg.solve(inputs.T @ inputs + torch.eye(12), inputs.T @ changes)
     torch.testing.assert_close(shift.left.T @ shift.right, plain, rtol=1e-4, atol=1e-6)
     assert shift.left.T.matmul(shift.right).abs().max() <= shift.bound()
 
@@ -109,10 +111,10 @@ def test_one_row_has_no_variance_and_poisons_nothing() -> None:
 
 
 def test_bound_of_a_shift_is_not_finite_where_an_entry_is_not() -> None:
-    sound = torch.ones(2, 3)
-    assert Shift(sound, sound).bound() == pytest.approx(2.0)
-    assert not Shift(sound, torch.tensor([[1.0, math.nan], [1.0, 1.0]])).bound() < math.inf
-    assert not Shift(sound * 1e30, sound * 1e30).bound() < math.inf
+    ones = torch.ones(2, 3)
+    assert Shift(ones, ones).bound() == pytest.approx(2.0)
+    assert not Shift(ones, torch.tensor([[1.0, math.nan], [1.0, 1.0]])).bound() < math.inf
+    assert not Shift(ones * 1e30, ones * 1e30).bound() < math.inf
 
 
 # --- Rows and labels of the two regimes --------------------------------------------------------------------
@@ -122,39 +124,44 @@ def test_release_makes_a_bos_a_label_where_the_tokenizer_adds_one(
     build: Build, golden_tokenizer: Any, bosless_tokenizer: Any
 ) -> None:
     answer = golden_tokenizer(" Lucan Vey", add_special_tokens=False)["input_ids"]
-    with_bos, without = (build(tokenizer=one)._sample(CASES[0]) for one in (golden_tokenizer, bosless_tokenizer))
+    with_bos, without = (
+        build(tokenizer=tokenizer)._sentence(CASES[0]) for tokenizer in (golden_tokenizer, bosless_tokenizer)
+    )
     assert with_bos is not None and without is not None
     assert with_bos.labels == (golden_tokenizer.bos_token_id, *answer)
     assert without.labels == tuple(answer)
-    original = build(regime="original")._sample(CASES[0])
-    assert original == Sample(with_bos.ids, tuple(answer))
+    original = build(regime="original")._sentence(CASES[0])
+    assert original == LabelledSentence(with_bos.ids, tuple(answer))
 
 
 def test_labels_never_outnumber_what_can_be_predicted(build: Build) -> None:
-    sample = build()._sample(EditCase("bare", "", "Lucan"))
-    assert sample is not None  # the BOS is the prompt; a second one before it cannot be predicted
-    assert len(sample.labels) == len(sample.ids) - 1
+    sentence = build()._sentence(EditCase("bare", "", "Lucan"))
+    assert sentence is not None  # the BOS is the prompt; a second one before it cannot be predicted
+    assert len(sentence.labels) == len(sentence.ids) - 1
 
 
 def test_rows_are_those_that_predict_the_answer_or_all(build: Build) -> None:
-    samples = [sample for sample in map(build(regime="original")._sample, CASES[:2]) if sample]
-    n_labels, n_ids = sum(len(sample.labels) for sample in samples), sum(len(sample.ids) for sample in samples)
-    _, answer = build(regime="original").batch_features(samples)
-    _, sentence = build().batch_features(samples)
+    sentences = [sentence for sentence in map(build(regime="original")._sentence, CASES[:2]) if sentence]
+    n_labels, n_ids = (
+        sum(len(sentence.labels) for sentence in sentences),
+        sum(len(sentence.ids) for sentence in sentences),
+    )
+    _, answer = build(regime="original").batch_features(sentences)
+    _, sentence = build().batch_features(sentences)
     for path in MODULES:
         assert answer[path].inputs.shape == (n_labels, 64)
         assert sentence[path].gradients.shape == (n_ids, 176)
 
 
-def test_padded_samples_have_the_rows_they_have_alone_scaled_by_the_mean_over_labels(build: Build) -> None:
+def test_padded_sentences_have_the_rows_they_have_alone_scaled_by_the_mean_over_labels(build: Build) -> None:
     editor = build(regime="original")
-    samples = [sample for sample in map(editor._sample, CASES[:2]) if sample]
-    _, together = editor.batch_features(samples)
-    total = sum(len(sample.labels) for sample in samples)
+    sentences = [sentence for sentence in map(editor._sentence, CASES[:2]) if sentence]
+    _, together = editor.batch_features(sentences)
+    total = sum(len(sentence.labels) for sentence in sentences)
     start = 0
-    for sample in samples:
-        _, alone = editor.batch_features([sample])
-        n = len(sample.labels)
+    for sentence in sentences:
+        _, alone = editor.batch_features([sentence])
+        n = len(sentence.labels)
         for path in MODULES:
             rows = slice(start, start + n)
             torch.testing.assert_close(together[path].inputs[rows], alone[path].inputs, rtol=1e-4, atol=1e-5)
@@ -165,16 +172,16 @@ def test_padded_samples_have_the_rows_they_have_alone_scaled_by_the_mean_over_la
 
 def test_features_are_inputs_and_loss_gradients_of_the_module(build: Build, golden_model: PreTrainedModel) -> None:
     editor = build(regime="original")
-    sample = editor._sample(CASES[0])
-    assert sample is not None
-    loss, features = editor.batch_features([sample])
+    sentence = editor._sentence(CASES[0])
+    assert sentence is not None
+    loss, features = editor.batch_features([sentence])
     module = golden_model.get_submodule(MODULES[0])
-    ids, n = torch.tensor([sample.ids]), len(sample.labels)
+    ids, n = torch.tensor([sentence.ids]), len(sentence.labels)
     golden_model.requires_grad_(True)
     outputs: list[Tensor] = []
     handle = module.register_forward_hook(lambda _m, _a, output: outputs.append(output))
     labels = torch.full_like(ids, -100)
-    labels[0, -n:] = torch.tensor(sample.labels)
+    labels[0, -n:] = torch.tensor(sentence.labels)
     plain = golden_model(input_ids=ids, labels=labels).loss
     (gradient,) = torch.autograd.grad(plain, outputs)
     handle.remove()
@@ -183,7 +190,7 @@ def test_features_are_inputs_and_loss_gradients_of_the_module(build: Build, gold
     torch.testing.assert_close(features[MODULES[0]].gradients, gradient[0, -n - 1 : -1], rtol=1e-4, atol=1e-7)
 
 
-def test_editing_asks_no_weight_for_a_gradient_and_leaves_no_hook(build: Build, golden_model: PreTrainedModel) -> None:
+def test_editing_gives_no_weight_a_gradient_and_leaves_no_hook(build: Build, golden_model: PreTrainedModel) -> None:
     build().edit(CASES)
     assert all(parameter.grad is None and not parameter.requires_grad for parameter in golden_model.parameters())
     assert not any(module._forward_hooks or module._backward_hooks for module in golden_model.modules())
@@ -205,15 +212,15 @@ def test_calls_split_on_turn_borders_equal_one_call(build: Build) -> None:
 
 
 def test_turn_size_changes_what_is_written(build: Build) -> None:
-    one = build()
-    one.edit(CASES[:2])
-    by_one = weights(one)
-    one.detach()
-    two = build(edits_per_turn=2)
-    two.edit(CASES[:2])
-    assert not torch.equal(weights(two)[MODULES[0]], by_one[MODULES[0]])
-    assert two.warnings() == ["edits were written in turns of 2"]
-    assert two.slice_size == 2
+    apart = build()
+    apart.edit(CASES[:2])
+    written_apart = weights(apart)
+    apart.detach()
+    joint = build(edits_per_turn=2)
+    joint.edit(CASES[:2])
+    assert not torch.equal(weights(joint)[MODULES[0]], written_apart[MODULES[0]])
+    assert joint.warnings() == ["edits were written in turns of 2"]
+    assert joint.slice_size == 2
 
 
 def test_per_turn_statistics_forget_and_lifelong_ones_do_not(build: Build) -> None:
@@ -260,10 +267,10 @@ def test_blank_target_fails_alone_and_the_turn_goes_on(build: Build) -> None:
     first, blank, last = editor.edit(cases)
     assert (first.action, blank.action, last.action) == ("inserted", "failed", "inserted")
     assert blank.problem == "prompt or target has no token"
-    found = weights(editor)
+    written = weights(editor)
     editor.detach()
     build(edits_per_turn=2).edit([CASES[0], CASES[1]])
-    assert_same(weights(editor), found)
+    assert_same(weights(editor), written)
 
 
 @pytest.mark.parametrize("regime", ["release", "original"])
@@ -271,12 +278,13 @@ def test_update_that_is_not_finite_changes_nothing_and_the_stream_goes_on(build:
     editor = build(regime=regime)
     editor.edit(CASES[:1])
     before = editor.state_dict()
-    editor.learning_rate = 1e38
+    config = editor.config
+    editor.config = config.model_copy(update={"learning_rate": 1e38})
     (record,) = editor.edit(CASES[1:2])
     assert record.action == "failed"
     assert record.problem == f"the update of {MODULES[0]} was not finite; the turn's cases were not written"
     assert_same(editor.state_dict(), before)
-    editor.learning_rate = 1e-3
+    editor.config = config
     assert editor.edit(CASES[2:3])[0].action == "inserted"
 
 
@@ -285,12 +293,12 @@ def test_update_that_is_not_finite_changes_nothing_and_the_stream_goes_on(build:
 
 def test_half_precision_is_rounded_once_at_the_sum(build: Build, golden_model: PreTrainedModel) -> None:
     editor = build(golden_model.to(torch.bfloat16))  # type: ignore[arg-type]
-    sample = editor._sample(CASES[0])
-    assert sample is not None
-    features, statistics = editor._features([sample])
+    sentence = editor._sentence(CASES[0])
+    assert sentence is not None
+    features, statistics = editor._features([sentence])
     path = MODULES[0]
     assert features[path].inputs.dtype == torch.bfloat16
-    shift = closed_form(features[path], statistics[64, 176], editor.learning_rate)
+    shift = closed_form(features[path], statistics[64, 176], editor.config.learning_rate)
     expected = editor.pristine.weights[path] + (shift.right.T @ shift.left).bfloat16()
     editor.edit(CASES[:1])
     assert torch.equal(editor.pristine.weights[path], expected)
@@ -327,39 +335,41 @@ def test_a_matrix_that_is_stored_the_other_way_round_is_shifted_alike(build: Bui
     model.requires_grad_(False)
     path = "transformer.h.1.mlp.c_fc"
     editor = build(model, modules=[path])
-    sample = editor._sample(CASES[0])
-    assert sample is not None
-    features, statistics = editor._features([sample])
-    shift = closed_form(features[path], statistics[32, 128], editor.learning_rate)
+    sentence = editor._sentence(CASES[0])
+    assert sentence is not None
+    features, statistics = editor._features([sentence])
+    shift = closed_form(features[path], statistics[32, 128], editor.config.learning_rate)
     expected = editor.pristine.weights[path] + shift.left.T @ shift.right
     editor.edit(CASES[:1])
     torch.testing.assert_close(editor.pristine.weights[path].data, expected)
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("wrong", "message"),
     [
-        ({"regime": "paper"}, "method.regime must be one of release, original, got 'paper'"),
-        ({"learning_rate": 0.0}, "method.learning_rate must be > 0, got 0.0"),
-        ({"edits_per_turn": 0}, "method.edits_per_turn must be a whole number of at least 1, got 0"),
-        ({"micro_batch": 1.5}, "method.micro_batch must be a whole number of at least 1, got 1.5"),
-        (
-            {"modules": ["lm_head"]},
-            "method.modules=lm_head is in no decoder layer; name one such as model.layers.5",
-        ),
-        (
-            {"modules": ["model.layers.1.mlp"]},
-            "method.modules=model.layers.1.mlp is a LlamaMLP; a module with a weight",
-        ),
-        (
-            {"regimes": {"release": {"rows": "mask", "normalizer": "lifelong", "labels": "alone", "dtype": "float16"}}},
-            "method.regimes: rows must be 'sentence' or 'answer', got 'mask'",
-        ),
+        ("regime=paper", "method.regime must be one of release, original, got 'paper'"),
+        ("learning_rate=0.0", "method.learning_rate must be above 0.0, got 0.0"),
+        ("edits_per_turn=0", "method.edits_per_turn must be at least 1, got 0"),
+        ("micro_batch=1.5", "method.micro_batch must be a whole number, got 1.5"),
+        ("regimes.release.rows=mask", "method.regimes.release.rows must be 'sentence' or 'answer', got 'mask'"),
     ],
 )
-def test_settings_out_of_range_are_refused(build: Build, changes: dict[str, Any], message: str) -> None:
+def test_settings_out_of_range_are_refused(wrong: str, message: str) -> None:
     with pytest.raises(UserError) as caught:
-        build(**changes)
+        run_config(["method=ultraedit", f"method.{wrong}"])
+    assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        ("lm_head", "method.modules=lm_head is in no decoder layer; name one such as model.layers.5"),
+        ("model.layers.1.mlp", "method.modules=model.layers.1.mlp is a LlamaMLP; a module with a weight"),
+    ],
+)
+def test_modules_that_cannot_be_edited_are_refused(build: Build, module: str, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        build(modules=[module])
     assert str(caught.value).startswith(message)
 
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 from torch import Tensor, nn
 from transformers import (
     GPT2Config,
@@ -26,20 +25,21 @@ from transformers import (
 )
 
 from horen_bench.cases import EditCase
-from horen_bench.config.compose import composed
-from horen_bench.config.settings import build_editor, resolved
-from horen_bench.editors.shared.corpora import other_world_texts
-from horen_bench.editors.unke import UnkeEditor
-from horen_bench.editors.unke.block import BlockTraining, mean_squared_error, optimizer, read_block
+from horen_bench.config.compose import run_config
+from horen_bench.editors.unke.block import BlockTarget, optimizer, read_block
+from horen_bench.editors.unke.compat import release_broadcast, release_cumsum
+from horen_bench.editors.unke.config import BlockOutputTraining, BlockTraining, Preservation, UnkeConfig
+from horen_bench.editors.unke.editor import UnkeEditor
 from horen_bench.editors.unke.preservation import PreservedTexts, preserved_text
-from horen_bench.editors.unke.values import Targets, ValueTraining, by_upper_layers, by_whole_model, train
+from horen_bench.editors.unke.values import TrainedOutputs, by_upper_layers, by_whole_model, train
 from horen_bench.errors import UserError
-from horen_bench.evaluation import greedy_decode
+from horen_bench.evaluation.decoding import greedy_decode
 from horen_bench.models.architecture import skeleton
 from horen_bench.models.partial import UpperLayers
 from horen_bench.paths import resource
-from horen_bench.prompts import EncodedEdit, encode_edit, encode_prompts, pad, with_chat_template
+from horen_bench.prompts import EncodedEdit, PromptEncoder, pad
 from horen_bench.world import World
+from horen_bench.world.corpora import other_world_texts
 
 BLOCK = "model.layers.1"
 CASES = [
@@ -57,7 +57,8 @@ TEXTS = [
     "The Starling 12 was seen in Oldmere in late September.",
 ]
 SETTINGS: dict[str, Any] = {
-    "seed": 42,
+    "name": "unke",
+    "label": "UnKE",
     "module": BLOCK,
     "value": {"n_steps": 25, "learning_rate": 0.2, "weight_decay": 1e-3, "clamp": 4.0},
     "block": {"n_steps": 12, "learning_rate": 2e-3, "weight_decay": 0.01},
@@ -82,17 +83,18 @@ def build(
 ) -> Callable[..., UnkeEditor]:
     def of(model: PreTrainedModel = golden_model, tokenizer: Any = golden_tokenizer, **changes: Any) -> UnkeEditor:
         preservation = {"corpus": corpus, "template": "{} ", "n_texts": 4, "max_tokens": None}
-        return UnkeEditor(model, tokenizer, **{**SETTINGS, "preservation": preservation, **changes})
+        config = UnkeConfig.model_validate({**SETTINGS, "preservation": preservation, **changes})
+        return UnkeEditor(model, tokenizer, config, seed=42)
 
     return of
 
 
 def parameters(model: nn.Module) -> dict[str, Tensor]:
-    return {name: one.detach().clone() for name, one in model.named_parameters()}
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
 
 def changed(before: dict[str, Tensor], model: nn.Module) -> set[str]:
-    return {name for name, one in model.named_parameters() if not torch.equal(one, before[name])}
+    return {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
 
 
 def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
@@ -146,7 +148,7 @@ def test_twenty_five_forward_passes_are_twenty_four_steps() -> None:
         return delta.sum(dim=1)
 
     initial = torch.full((2, 4), 3.0)
-    targets = train(losses, initial, ValueTraining(n_steps=25, learning_rate=0.05, weight_decay=0.0, clamp=4.0))
+    targets = train(losses, initial, BlockOutputTraining(n_steps=25, learning_rate=0.05, weight_decay=0.0, clamp=4.0))
     assert len(seen) == len(targets.losses) == 25
     torch.testing.assert_close(seen[1], torch.full((2, 4), -0.05))
     torch.testing.assert_close(targets.vectors, torch.full((2, 4), 3.0 - 24 * 0.05))
@@ -154,7 +156,7 @@ def test_twenty_five_forward_passes_are_twenty_four_steps() -> None:
 
 def test_target_stays_within_the_clamp() -> None:
     initial = torch.tensor([[3.0, 4.0], [0.3, 0.4]])  # norms 5 and 0.5
-    how = ValueTraining(n_steps=25, learning_rate=1.0, weight_decay=0.0, clamp=2.0)
+    how = BlockOutputTraining(n_steps=25, learning_rate=1.0, weight_decay=0.0, clamp=2.0)
     moved = train(lambda delta: delta.sum(dim=1), initial, how).vectors - initial
     torch.testing.assert_close(moved.norm(dim=1), torch.tensor([10.0, 1.0]))
 
@@ -162,7 +164,7 @@ def test_target_stays_within_the_clamp() -> None:
 def test_decay_is_on_the_norm_and_not_its_square() -> None:
     """Two steps by hand."""
     initial = torch.tensor([[2.0, 0.0]])
-    how = ValueTraining(n_steps=3, learning_rate=0.1, weight_decay=8.0, clamp=4.0)
+    how = BlockOutputTraining(n_steps=3, learning_rate=0.1, weight_decay=8.0, clamp=4.0)
     targets = train(lambda delta: delta.sum(dim=1), initial, how)
     # The norm has no gradient at 0, so the first is (1, 1), and delta becomes -0.1 (1, 1). The second adds
     # 8 / ||h0||^2 = 2 times delta / ||delta|| = -(1, 1) / sqrt(2): it is g = 1 - sqrt(2). Adam's moments are then
@@ -174,22 +176,22 @@ def test_decay_is_on_the_norm_and_not_its_square() -> None:
 
 @pytest.mark.parametrize("tokenizer_name", ["golden_tokenizer", "bosless_tokenizer"])
 @pytest.mark.parametrize("engine", ["cached", "sequential"])
-def test_value_is_written_at_the_last_token_of_the_question(
+def test_value_is_written_at_the_last_token_of_the_prompt(
     tokenizer_name: str, engine: str, build: Any, golden_model: Any, request: pytest.FixtureRequest
 ) -> None:
     tokenizer = request.getfixturevalue(tokenizer_name)
     editor = build(tokenizer=tokenizer, engine=engine, value={**SETTINGS["value"], "n_steps": 1})
-    edit = encode_edit(tokenizer, CASES[0].prompt, CASES[0].target)
+    edit = PromptEncoder(tokenizer).edit(CASES[0].prompt, CASES[0].target)
     targets = editor._target_vectors([edit])
     hidden = golden_model(torch.tensor([edit.prompt]), output_hidden_states=True).hidden_states[2][0]
     torch.testing.assert_close(targets.vectors[0], hidden[-1], rtol=1e-5, atol=1e-5)
     logits = golden_model(torch.tensor([edit.ids[:-1]])).logits[0, len(edit.prompt) - 1 :]
     loss = nn.functional.cross_entropy(logits, torch.tensor(edit.target))
     torch.testing.assert_close(targets.losses[0, 0], loss, rtol=1e-5, atol=1e-5)
-    _, question = editor.lessons([edit], torch.full((1, 64), 7.0), TEXTS)
-    torch.testing.assert_close(question.outputs[0, :-1], hidden[:-1], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(question.outputs[0, -1], torch.full((64,), 7.0))
-    assert question.outputs.shape[1] == len(edit.prompt) == len(tokenizer(CASES[0].prompt)["input_ids"])
+    _, prompt = editor.block_targets([edit], torch.full((1, 64), 7.0), TEXTS)
+    torch.testing.assert_close(prompt.outputs[0, :-1], hidden[:-1], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(prompt.outputs[0, -1], torch.full((64,), 7.0))
+    assert prompt.outputs.shape[1] == len(edit.prompt) == len(tokenizer(CASES[0].prompt)["input_ids"])
 
 
 @architectures
@@ -197,9 +199,9 @@ def test_target_vectors_are_the_same_from_the_upper_layers_alone_and_side_by_sid
     model = small(architecture)
     block = model.get_submodule(BLOCK)
     edits = [EncodedEdit((1, 2, 3, 4, 5, 6, 7), (8, 9, 10)), EncodedEdit((12, 13), (15, 16, 17, 18, 19))]
-    how = ValueTraining(n_steps=6, learning_rate=0.05, weight_decay=1e-3, clamp=4.0)
+    how = BlockOutputTraining(n_steps=6, learning_rate=0.05, weight_decay=1e-3, clamp=4.0)
     plain = by_whole_model(model, block, edits, how)
-    fast = by_upper_layers(UpperLayers(model, block, 1), edits, how)
+    fast = by_upper_layers(UpperLayers(model, BLOCK), edits, how)
     torch.testing.assert_close(fast.losses, plain.losses, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(fast.vectors, plain.vectors, rtol=1e-3, atol=1e-3)
     assert (plain.losses[-1] < plain.losses[0]).all()
@@ -214,10 +216,10 @@ def test_target_vectors_are_the_same_from_the_upper_layers_alone_and_side_by_sid
 def test_nothing_is_to_be_preserved_before_the_first_step(architecture: str, side: Any, whole: bool) -> None:
     model = small(architecture)
     block = model.get_submodule(BLOCK)
-    lesson = read_block(model, block, pad(ROWS, 0, side), whole=whole)
-    assert mean_squared_error(block, lesson, "correct") == 0
+    target = read_block(model, block, pad(ROWS, 0, side), whole=whole)
+    assert target.error(block) == 0
     outputs = model(*batch_of(side), output_hidden_states=True).hidden_states[2]
-    torch.testing.assert_close(lesson.outputs, outputs)
+    torch.testing.assert_close(target.outputs, outputs)
 
 
 def batch_of(side: Any) -> tuple[Tensor, Tensor]:
@@ -226,37 +228,37 @@ def batch_of(side: Any) -> tuple[Tensor, Tensor]:
 
 
 @sides
-def test_last_question_token_is_found_on_either_side_of_padding(side: Any) -> None:
+def test_last_prompt_token_is_found_on_either_side_of_padding(side: Any) -> None:
     model = small("llama")
-    lesson = read_block(model, model.get_submodule(BLOCK), pad(ROWS, 0, side), whole=False)
-    wanted = torch.arange(3.0)[:, None].expand(3, 32) + 1
-    new = lesson.with_last(wanted).outputs
+    target = read_block(model, model.get_submodule(BLOCK), pad(ROWS, 0, side), whole=False)
+    vectors = torch.arange(3.0)[:, None].expand(3, 32) + 1
+    new = target.with_last(vectors).outputs
     for i, row in enumerate(ROWS):
         at = 8 if side == "left" else len(row) - 1
-        torch.testing.assert_close(new[i, at], wanted[i])
-        assert torch.equal(new[i, :at], lesson.outputs[i, :at])
-        assert torch.equal(new[i, at + 1 :], lesson.outputs[i, at + 1 :])
+        torch.testing.assert_close(new[i, at], vectors[i])
+        assert torch.equal(new[i, :at], target.outputs[i, :at])
+        assert torch.equal(new[i, at + 1 :], target.outputs[i, at + 1 :])
 
 
 @architectures
 def test_release_positions_change_padding_on_the_right_and_nothing_else(architecture: str) -> None:
     model = small(architecture)
     block, decoder = model.get_submodule(BLOCK), model.get_decoder()
-    lesson = read_block(model, block, pad(ROWS, 0, "right"), whole=False)
-    other = lesson.with_counted_positions(decoder.rotary_emb)
-    found = block(*other.args, **other.kwargs)
-    assert torch.equal(found[lesson.mask], lesson.outputs[lesson.mask])
-    assert (found - lesson.outputs)[~lesson.mask].abs().max() > 1e-4
-    assert mean_squared_error(block, other, "correct") > 0
+    target = read_block(model, block, pad(ROWS, 0, "right"), whole=False)
+    other = release_cumsum(target, decoder.rotary_emb)
+    outputs = block(*other.args, **other.kwargs)
+    assert torch.equal(outputs[target.mask], target.outputs[target.mask])
+    assert (outputs - target.outputs)[~target.mask].abs().max() > 1e-4
+    assert other.error(block) > 0
 
 
 def test_release_positions_leave_text_behind_padding_as_it_is() -> None:
     model = small("llama")
     block = model.get_submodule(BLOCK)
-    lesson = read_block(model, block, pad(ROWS, 0, "left"), whole=False)
-    other = lesson.with_counted_positions(model.model.rotary_emb)
-    found = block(*other.args, **other.kwargs)
-    torch.testing.assert_close(found[lesson.mask], lesson.outputs[lesson.mask], rtol=1e-5, atol=1e-5)
+    target = read_block(model, block, pad(ROWS, 0, "left"), whole=False)
+    other = release_cumsum(target, model.model.rotary_emb)
+    outputs = block(*other.args, **other.kwargs)
+    torch.testing.assert_close(outputs[target.mask], target.outputs[target.mask], rtol=1e-5, atol=1e-5)
 
 
 def test_release_comparison_holds_every_text_to_the_first() -> None:
@@ -268,10 +270,10 @@ def test_release_comparison_holds_every_text_to_the_first() -> None:
             return (hidden,)
 
     model = small("llama")
-    lesson = read_block(model, model.get_submodule(BLOCK), pad(ROWS, 0), whole=False)
-    given = type(lesson)((outputs,), {}, lesson.mask, outputs)
-    assert mean_squared_error(Given(), given, "correct") == 0
-    assert mean_squared_error(Given(), given, "release_broadcast") == pytest.approx(5 / 3)
+    target = read_block(model, model.get_submodule(BLOCK), pad(ROWS, 0), whole=False)
+    given = BlockTarget((outputs,), {}, target.mask, outputs)
+    assert given.error(Given()) == 0
+    assert given.error(Given(), release_broadcast) == pytest.approx(5 / 3)
 
 
 def test_release_comparison_is_off_from_the_first_step(build: Any) -> None:
@@ -282,19 +284,19 @@ def test_release_comparison_is_off_from_the_first_step(build: Any) -> None:
         editor.detach()
     assert errors["correct"][0, 0] == 0
     assert errors["release_broadcast"][0, 0] > 0.1
-    # A batch of one question is its own first row.
+    # A batch of one prompt is its own first row.
     assert errors["release_broadcast"][0, 1] == errors["correct"][0, 1] > 0
 
 
 def errors_of(editor: UnkeEditor, case: EditCase) -> Tensor:
     """The two errors of the block before each step of one edit."""
-    edit = encode_edit(editor.tokenizer, case.prompt, case.target)
-    lessons = editor.lessons([edit], editor._target_vectors([edit]).vectors, editor.texts.draw())
+    edit = editor.encoder.edit(case.prompt, case.target)
+    targets = editor.block_targets([edit], editor._target_vectors([edit]).vectors, editor.texts.draw())
     editor.pristine.keep()
-    return editor._train(editor._trainees(), lessons)
+    return editor._train(editor._trainees(), targets)
 
 
-def test_error_at_the_question_falls(build: Any) -> None:
+def test_error_at_the_prompt_falls(build: Any) -> None:
     errors = errors_of(build(), CASES[0])
     assert errors.shape == (12, 2)
     assert errors[-1, 1] < errors[0, 1] / 5
@@ -302,9 +304,9 @@ def test_error_at_the_question_falls(build: Any) -> None:
 
 def test_layer_norms_are_not_decayed_and_biases_are() -> None:
     block = small("qwen2").get_submodule(BLOCK)
-    adamw = optimizer(dict(block.named_parameters()), BlockTraining(1, 1e-3, 0.01))
-    spared = {id(one) for group in adamw.param_groups if group["weight_decay"] == 0 for one in group["params"]}
-    names = {name for name, one in block.named_parameters() if id(one) in spared}
+    adamw = optimizer(dict(block.named_parameters()), BlockTraining(n_steps=1, learning_rate=1e-3, weight_decay=0.01))
+    spared = {id(tensor) for group in adamw.param_groups if group["weight_decay"] == 0 for tensor in group["params"]}
+    names = {name for name, tensor in block.named_parameters() if id(tensor) in spared}
     assert names == {"input_layernorm.weight", "post_attention_layernorm.weight"}
     assert sum(len(group["params"]) for group in adamw.param_groups) == len(list(block.parameters())) == 12
 
@@ -321,7 +323,7 @@ def test_only_the_block_changes_and_every_parameter_of_it(engine: str, build: An
     assert changed(before, golden_model) == inside and len(inside) == 9
     assert (record.action, record.steps, record.problem) == ("inserted", 24 + 12, None)
     assert 0 < record.loss < 1
-    assert not any(one.requires_grad or one.grad is not None for one in golden_model.parameters())
+    assert not any(parameter.requires_grad or parameter.grad is not None for parameter in golden_model.parameters())
     assert editor.side_parameters() == sum(before[name].numel() for name in inside)
     editor.detach()
     assert not changed(before, golden_model)
@@ -333,24 +335,24 @@ def test_edits_come_out_greedily_and_the_second_keeps_the_first(
 ) -> None:
     build(engine=engine).edit(CASES[1:])
     for case in CASES[1:]:
-        edit = encode_edit(golden_tokenizer, case.prompt, case.target)
-        (said,) = greedy_decode(golden_model, [list(edit.prompt)], [len(edit.target)], pad_id=0)
-        assert tuple(said) == edit.target
+        edit = PromptEncoder(golden_tokenizer).edit(case.prompt, case.target)
+        (predicted,) = greedy_decode(golden_model, [list(edit.prompt)], [len(edit.target)], pad_id=0)
+        assert tuple(predicted) == edit.target
 
 
 def test_both_engines_write_the_same(
     build: Any, golden_model: Any, other_golden_model: Any, golden_tokenizer: PreTrainedTokenizerBase
 ) -> None:
     fast, plain = build(engine="cached"), build(other_golden_model, engine="sequential")
-    for one, other in zip(fast.edit(CASES), plain.edit(CASES), strict=True):
-        assert one.loss == pytest.approx(other.loss, rel=1e-3)
+    for ours, theirs in zip(fast.edit(CASES), plain.edit(CASES), strict=True):
+        assert ours.loss == pytest.approx(theirs.loss, rel=1e-3)
     for name, weight in plain.pristine.weights.items():
         change = weight - plain.pristine.originals()[name]
-        found = fast.pristine.weights[name] - plain.pristine.originals()[name]
-        torch.testing.assert_close(found, change, rtol=0, atol=1e-2 * float(change.abs().max()))
-    rows = encode_prompts(golden_tokenizer, [case.prompt for case in CASES] + TEXTS[:2])
-    said = [greedy_decode(model, rows, [8] * 5, pad_id=0) for model in (golden_model, other_golden_model)]
-    assert said[0] == said[1]
+        ours = fast.pristine.weights[name] - plain.pristine.originals()[name]
+        torch.testing.assert_close(ours, change, rtol=0, atol=1e-2 * float(change.abs().max()))
+    rows = PromptEncoder(golden_tokenizer).prompts([case.prompt for case in CASES] + TEXTS[:2])
+    predicted = [greedy_decode(model, rows, [8] * 5, pad_id=0) for model in (golden_model, other_golden_model)]
+    assert predicted[0] == predicted[1]
 
 
 @architectures
@@ -358,14 +360,14 @@ def test_both_engines_train_the_block_alike_on_other_architectures(
     architecture: str, build: Any, golden_tokenizer: PreTrainedTokenizerBase
 ) -> None:
     edit, texts = EncodedEdit((1, 2, 3, 4, 5, 6, 7), (8, 9)), TEXTS[:3]
-    found = []
+    histories = []
     for engine in ("cached", "sequential"):
         editor = build(_folding(small(architecture)), golden_tokenizer, engine=engine)
         targets = editor._target_vectors([edit])
-        errors = editor._train(editor._trainees(), editor.lessons([edit], targets.vectors, texts))
-        found.append(errors)
-    torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-6)
-    assert found[0][0, 0] == 0 and found[0][-1, 1] < found[0][0, 1]
+        errors = editor._train(editor._trainees(), editor.block_targets([edit], targets.vectors, texts))
+        histories.append(errors)
+    torch.testing.assert_close(histories[0], histories[1], rtol=1e-3, atol=1e-6)
+    assert histories[0][0, 0] == 0 and histories[0][-1, 1] < histories[0][0, 1]
 
 
 def _folding(model: PreTrainedModel) -> PreTrainedModel:
@@ -397,11 +399,11 @@ def test_blank_answer_is_refused_and_the_stream_goes_on(build: Any) -> None:
 
 
 def test_refused_case_takes_its_texts_so_that_later_ones_keep_theirs(build: Any, other_golden_model: Any) -> None:
-    one, other = build(), build(other_golden_model)
-    one.edit([NOTHING, CASES[1]])
+    straight, other = build(), build(other_golden_model)
+    straight.edit([NOTHING, CASES[1]])
     other.texts.draw()
     other.edit([CASES[1]])
-    assert equal(one.state_dict(), other.state_dict())
+    assert equal(straight.state_dict(), other.state_dict())
 
 
 def test_training_that_is_not_finite_puts_the_block_back(build: Any, golden_model: Any) -> None:
@@ -417,10 +419,10 @@ def test_target_that_is_not_finite_is_refused_alone(
     build: Any, golden_model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     editor = build(batch_size=2)
-    found = editor._target_vectors
+    plain = editor._target_vectors
 
-    def spoilt(edits: Any) -> Targets:
-        targets: Targets = found(edits)
+    def spoilt(edits: Any) -> TrainedOutputs:
+        targets: TrainedOutputs = plain(edits)
         targets.vectors[0, 3] = float("nan")
         return targets
 
@@ -428,7 +430,7 @@ def test_target_that_is_not_finite_is_refused_alone(
     refused, written = editor.edit(CASES[:2])
     assert refused.problem == "the target vector was not finite; the case was not written"
     assert written.action == "inserted"
-    assert all(one.isfinite().all() for one in golden_model.parameters())
+    assert all(parameter.isfinite().all() for parameter in golden_model.parameters())
 
 
 @pytest.mark.parametrize("master_weights", [False, True])
@@ -449,7 +451,7 @@ def test_interrupted_edit_puts_the_block_back(
     with pytest.raises(KeyboardInterrupt):
         editor.edit(CASES[:1])
     assert not changed(before, golden_model)
-    assert not any(one.requires_grad for one in golden_model.parameters())
+    assert not any(parameter.requires_grad for parameter in golden_model.parameters())
 
 
 def test_turns_of_two_add_up_on_their_borders(build: Any, other_golden_model: Any) -> None:
@@ -491,10 +493,10 @@ def test_masters_add_up_what_half_precision_rounds_away(master_weights: bool, bu
     editor.edit(CASES[1:2])
     weights, originals = editor.pristine.weights, editor.pristine.originals()
     name = f"{BLOCK}.input_layernorm.weight"  # near 1, where bfloat16 has steps of 2^-7
-    assert {one.dtype for one in weights.values()} == {torch.bfloat16}
+    assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
     assert torch.equal(weights[name], originals[name])
     assert editor.side_parameters() == (2 if master_weights else 1) * editor.pristine.numel()
-    masters = {key: one for key, one in editor.state_dict().items() if key.endswith(".master")}
+    masters = {key: tensor for key, tensor in editor.state_dict().items() if key.endswith(".master")}
     assert len(masters) == (9 if master_weights else 0)
     if master_weights:
         moved = masters[f"{name}.master"] - originals[name].float()
@@ -518,7 +520,8 @@ def test_half_precision_without_masters_is_said(build: Any) -> None:
 
 
 def preserved(corpus: str, **changes: Any) -> PreservedTexts:
-    return PreservedTexts(**{"corpus": corpus, "template": "{} ", "n_texts": 4, "max_tokens": None, **changes})
+    settings = {"corpus": corpus, "template": "{} ", "n_texts": 4, "max_tokens": None, **changes}
+    return PreservedTexts(Preservation.model_validate(settings))
 
 
 def test_draws_are_those_of_the_published_seed(corpus: str) -> None:
@@ -532,9 +535,9 @@ def test_draws_are_those_of_the_published_seed(corpus: str) -> None:
 
 
 def test_draws_do_not_depend_on_anybody_elses(corpus: str) -> None:
-    one, other = preserved(corpus), preserved(corpus)
+    texts, other = preserved(corpus), preserved(corpus)
     random.seed(1)
-    first = one.draw()
+    first = texts.draw()
     random.random()
     assert other.draw() == first
 
@@ -558,21 +561,21 @@ def test_alpaca_records_are_put_into_the_template() -> None:
 
 def test_long_texts_are_cut_where_that_is_asked_for(build: Any, corpus: str, golden_tokenizer: Any) -> None:
     cut = build(preservation={"corpus": corpus, "template": "{} ", "n_texts": 4, "max_tokens": 5})
-    edit = encode_edit(golden_tokenizer, CASES[0].prompt, CASES[0].target)
+    edit = PromptEncoder(golden_tokenizer).edit(CASES[0].prompt, CASES[0].target)
     vectors = torch.zeros(1, 64)
-    assert cut.lessons([edit], vectors, TEXTS)[0].mask.sum(dim=1).tolist() == [5] * 6
-    lengths = [len(row) for row in encode_prompts(golden_tokenizer, TEXTS)]
-    assert build().lessons([edit], vectors, TEXTS)[0].mask.sum(dim=1).tolist() == lengths
+    assert cut.block_targets([edit], vectors, TEXTS)[0].mask.sum(dim=1).tolist() == [5] * 6
+    lengths = [len(row) for row in PromptEncoder(golden_tokenizer).prompts(TEXTS)]
+    assert build().block_targets([edit], vectors, TEXTS)[0].mask.sum(dim=1).tolist() == lengths
 
 
-def test_texts_are_never_in_a_chat_template_and_questions_are(build: Any, golden_tokenizer: Any) -> None:
+def test_texts_are_never_in_a_chat_template_and_prompts_are(build: Any, golden_tokenizer: Any) -> None:
     golden_tokenizer.chat_template = "USER {{ messages[0]['content'] }} SAYS"
-    view = with_chat_template(golden_tokenizer)
-    edit = encode_edit(view, CASES[0].prompt, CASES[0].target)
-    preserved_lesson, question = build(tokenizer=view).lessons([edit], torch.zeros(1, 64), TEXTS)
-    lengths = [len(row) for row in encode_prompts(golden_tokenizer, TEXTS)]
-    assert preserved_lesson.mask.sum(dim=1).tolist() == lengths
-    assert question.mask.sum() == len(edit.prompt) > len(encode_prompts(golden_tokenizer, [CASES[0].prompt])[0])
+    view = PromptEncoder(golden_tokenizer, "model")
+    edit = view.edit(CASES[0].prompt, CASES[0].target)
+    preserved_texts, prompt = build(tokenizer=view).block_targets([edit], torch.zeros(1, 64), TEXTS)
+    lengths = [len(row) for row in PromptEncoder(golden_tokenizer).prompts(TEXTS)]
+    assert preserved_texts.mask.sum(dim=1).tolist() == lengths
+    assert prompt.mask.sum() == len(edit.prompt) > len(PromptEncoder(golden_tokenizer).prompts([CASES[0].prompt])[0])
 
 
 def test_missing_corpus_says_how_to_get_it(build: Any, tmp_path: Path) -> None:
@@ -599,46 +602,39 @@ def test_embedded_texts_are_regenerated_and_share_nothing_with_what_is_edited_or
     assert len(set(texts)) == len(texts) > 350
     for text in texts:
         assert not any(name in text for name in names)
-    questions = {probe.prompt for probe in world.questions}
-    assert not any(text.startswith(question) for text in texts for question in questions)
+    prompts = {probe.prompt for probe in world.questions}
+    assert not any(text.startswith(prompt) for text in texts for prompt in prompts)
 
 
 # --- Settings -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("setting", "message"),
     [
-        ({"module": "model.layers.9"}, "method.module=model.layers.9: LlamaForCausalLM has no such module"),
-        ({"module": "model.layers.1.mlp"}, "method.module must be a whole decoder layer such as model.layers.7"),
-        ({"preserve": "wrong"}, "method.preserve must be 'correct' or 'release_broadcast', got 'wrong'"),
-        ({"pos_ids": "wrong"}, "method.pos_ids must be 'arange' or 'release_cumsum', got 'wrong'"),
-        ({"engine": "wrong"}, "method.engine must be 'cached' or 'sequential', got 'wrong'"),
-        ({"batch_size": 0}, "method.batch_size must be a whole number of at least 1, got 0"),
-        ({"value": {**SETTINGS["value"], "n_steps": 0}}, "method.value.n_steps must be a whole number"),
-        ({"value": {**SETTINGS["value"], "clamp": 0.0}}, "method.value.clamp must be > 0, got 0.0"),
-        ({"block": {**SETTINGS["block"], "n_steps": 0}}, "method.block.n_steps must be a whole number"),
-        ({"block": {**SETTINGS["block"], "learning_rate": 0.0}}, "method.block.learning_rate must be > 0, got 0.0"),
+        ("module=model.layers.1.mlp", "method.module must be a whole decoder layer such as model.layers.7"),
+        ("preserve=wrong", "method.preserve must be 'correct' or 'release_broadcast', got 'wrong'"),
+        ("pos_ids=wrong", "method.pos_ids must be 'arange' or 'release_cumsum', got 'wrong'"),
+        ("engine=wrong", "method.engine must be 'cached' or 'sequential', got 'wrong'"),
+        ("batch_size=0", "method.batch_size must be at least 1, got 0"),
+        ("value.n_steps=0", "method.value.n_steps must be at least 1, got 0"),
+        ("value.clamp=0.0", "method.value.clamp must be above 0"),
+        ("block.n_steps=0", "method.block.n_steps must be at least 1, got 0"),
+        ("block.learning_rate=0.0", "method.block.learning_rate must be above 0"),
+        ("preservation.template=none", "method.preservation.template must hold {} for the instruction, got 'none'"),
+        ("preservation.n_texts=0", "method.preservation.n_texts must be at least 1, got 0"),
+        ("preservation.max_tokens=0", "method.preservation.max_tokens must be at least 1, got 0"),
     ],
 )
-def test_settings_out_of_range_are_refused(changes: dict[str, Any], message: str, build: Any) -> None:
+def test_settings_out_of_range_are_refused(setting: str, message: str) -> None:
     with pytest.raises(UserError) as caught:
-        build(**changes)
+        run_config(["method=unke", f"method.{setting}"])
     assert str(caught.value).startswith(message)
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"template": "none"}, "method.preservation.template must hold {} for the instruction, got 'none'"),
-        ({"n_texts": 0}, "method.preservation.n_texts must be a whole number of at least 1, got 0"),
-        ({"max_tokens": 0}, "method.preservation.max_tokens must be a whole number of at least 1, got 0"),
-    ],
-)
-def test_settings_of_the_texts_out_of_range_are_refused(changes: dict[str, Any], message: str, corpus: str) -> None:
-    with pytest.raises(UserError) as caught:
-        preserved(corpus, **changes)
-    assert str(caught.value) == message
+def test_a_layer_that_the_model_lacks_is_refused(build: Any) -> None:
+    with pytest.raises(UserError, match=r"method.module=model.layers.9: LlamaForCausalLM has no such module"):
+        build(module="model.layers.9")
 
 
 def test_release_positions_need_rotary_ones(build: Any) -> None:
@@ -660,19 +656,20 @@ def test_what_the_release_does_otherwise_is_said_where_it_is_followed(build: Any
     "name", ["tiny", "llama3_8b", "llama31_8b", "deepseek_llama_8b", "qwen25_7b", "deepseek_qwen_15b"]
 )
 def test_configuration_holds_the_constants_of_the_release(name: str) -> None:
-    config = resolved(composed([f"model={name}", "method=unke", "data_dir=elsewhere"]))
-    method = config["method"]
-    assert (method["value"]["n_steps"], method["value"]["weight_decay"], method["value"]["clamp"]) == (25, 1e-3, 4.0)
-    assert (method["block"]["n_steps"], method["block"]["weight_decay"]) == (50, 0.01)
-    assert (method["preservation"]["n_texts"], method["batch_size"]) == (20, 1)
+    config = run_config([f"model={name}", "method=unke", "data_dir=elsewhere"])
+    method = config.method
+    assert isinstance(method, UnkeConfig)
+    assert (method.value.n_steps, method.value.weight_decay, method.value.clamp) == (25, 1e-3, 4.0)
+    assert (method.block.n_steps, method.block.weight_decay) == (50, 0.01)
+    assert (method.preservation.n_texts, method.batch_size) == (20, 1)
     if name == "tiny":
-        assert method["preservation"]["corpus"] == "embedded:tiny/preservation.txt"
+        assert method.preservation.corpus == "embedded:tiny/preservation.txt"
         return
-    assert method["module"] == "model.layers.7" and method["block"]["learning_rate"] == 2e-4
-    assert method["value"]["learning_rate"] == (0.05 if "llama" in name else 0.5)
-    assert method["preservation"]["corpus"] == "elsewhere/alpaca/alpaca_data.json"
+    assert method.module == "model.layers.7" and method.block.learning_rate == 2e-4
+    assert method.value.learning_rate == (0.05 if "llama" in name else 0.5)
+    assert method.preservation.corpus == "elsewhere/alpaca/alpaca_data.json"
     opening = "<|begin_of_text|><|start_header_id|>user" if "llama" in name else "<|im_start|>user\n{}<|im_end|>"
-    assert method["preservation"]["template"].startswith(opening)
-    bare = skeleton(OmegaConf.to_container(composed([f"model={name}"]).model.architecture))  # type: ignore[arg-type]
-    editor = build_editor(config, bare, tokenizer=None)
-    assert isinstance(editor, UnkeEditor) and len(editor.pristine.weights) == (9 if "llama" in name else 12)
+    assert method.preservation.template.startswith(opening)
+    assert config.model.architecture is not None
+    editor = UnkeEditor(skeleton(config.model.architecture), None, method)  # type: ignore[arg-type]
+    assert len(editor.pristine.weights) == (9 if "llama" in name else 12)

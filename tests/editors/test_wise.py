@@ -16,15 +16,16 @@ from transformers import (
 )
 
 from horen_bench.cases import EditCase, Probe
-from horen_bench.editors.wise import WiseEditor
-from horen_bench.editors.wise.irrelevant import BUILT_IN, irrelevant_prompts
+from horen_bench.config.compose import run_config
+from horen_bench.editors.wise.config import WiseConfig
+from horen_bench.editors.wise.editor import WiseEditor
+from horen_bench.editors.wise.irrelevant import BUILT_IN, DisjointPrompts
 from horen_bench.editors.wise.masks import GradientMasks
 from horen_bench.editors.wise.merging import ties, trimmed
 from horen_bench.editors.wise.routing import Memory, Routed, route, scores
 from horen_bench.editors.wise.rows import TrainingRows, filled, generated_templates, training_rows
 from horen_bench.editors.wise.training import (
     Labels,
-    Margins,
     SideEdit,
     SideTrained,
     edit_loss,
@@ -32,7 +33,7 @@ from horen_bench.editors.wise.training import (
     train_sides,
 )
 from horen_bench.errors import UserError
-from horen_bench.prompts import encode_prompts, pad
+from horen_bench.prompts import PromptEncoder, pad
 
 DOWN_PROJ = "model.layers.2.mlp.down_proj"
 CASES = [
@@ -40,40 +41,19 @@ CASES = [
     EditCase("second", "What city was Edda Quillfeather born in?", "Port Maribel"),
     EditCase("third", "Which company made the Larkspur 300?", "Grenholm"),
 ]
-SETTINGS: dict[str, Any] = {
-    "seed": 42,
-    "module": DOWN_PROJ,
-    "retrieve": True,
-    "templates": ["{}", "I walked a {}"],
-    "learning_rate": 0.3,
-    "weight_decay": 1e-5,
-    "n_steps": 12,
-    "early_stopping": {"loss": 0.02, "change": 1e-4},
-    "act_margin": [1.0, 6.0, 4.0],
-    "act_ratio": 0.8,
-    "mask_ratio": 0.8,
-    "norm_constraint": 1.0,
-    "save_freq": 2,
-    "merge_freq": 4,
-    "density": 0.53,
-    "loc_source": "disjoint",
-    "irrelevant_prompts": None,
-    "add_bias": True,
-    "shards_at_once": 1,
-    "engine": "cached",
-}
-
 Build = Callable[..., WiseEditor]
 
 
 @pytest.fixture
-def build(golden_model: PreTrainedModel, golden_tokenizer: PreTrainedTokenizerBase) -> Build:
-    return lambda **changes: WiseEditor(golden_model, golden_tokenizer, **{**SETTINGS, **changes})
+def build(
+    golden_model: PreTrainedModel, golden_tokenizer: PreTrainedTokenizerBase, wise_config: Callable[..., WiseConfig]
+) -> Build:
+    return lambda **changes: WiseEditor(golden_model, golden_tokenizer, wise_config(**changes), seed=42)
 
 
 def side_weight(editor: WiseEditor) -> Tensor:
-    assert editor.live is not None
-    return editor.live.weight
+    assert editor.weights.live is not None
+    return editor.weights.live.weight
 
 
 # --- Rows ----------------------------------------------------------------------------------------------
@@ -81,7 +61,7 @@ def side_weight(editor: WiseEditor) -> Tensor:
 
 def rows_of(tokenizer: PreTrainedTokenizerBase, irrelevant: str) -> TrainingRows:
     return training_rows(
-        tokenizer,
+        PromptEncoder(tokenizer),
         ["{}", "I walked a {}"],
         prompt="Who founded Brightwater?",
         target="Lucan Vey",
@@ -93,7 +73,7 @@ def rows_of(tokenizer: PreTrainedTokenizerBase, irrelevant: str) -> TrainingRows
 def test_labels_are_the_target_of_each_context(golden_tokenizer: PreTrainedTokenizerBase) -> None:
     rows = rows_of(golden_tokenizer, "why")
     target = golden_tokenizer(" Lucan Vey", add_special_tokens=False)["input_ids"]
-    assert rows.wanted_ids.tolist() == target * 2
+    assert rows.label_ids.tolist() == target * 2
     assert rows.n_labels.tolist() == [len(target)] * 2
     assert rows.owners.tolist() == [0] * len(target) + [1] * len(target)
     assert rows.predicting[:, -1].tolist() == [False, False]
@@ -114,7 +94,7 @@ def test_braces_of_a_context_are_text() -> None:
 
 def test_contexts_are_written_by_the_model_alone(build: Build, golden_tokenizer: PreTrainedTokenizerBase) -> None:
     editor = build(templates=None)
-    before = generated_templates(editor.model, golden_tokenizer)
+    before = generated_templates(editor.model, PromptEncoder(golden_tokenizer))
     assert before[0] == "{}"
     assert len(before) == 11
     assert all(template.endswith(" {}") for template in before[1:])
@@ -127,17 +107,17 @@ def test_contexts_are_written_by_the_model_alone(build: Build, golden_tokenizer:
 
 
 def test_margin_loss_averages_violators_only() -> None:
-    found = margin_loss(torch.tensor([4.0, 12.0]), torch.tensor(3.0), Margins(5.0, 20.0, 10.0))
-    assert found.item() == 17  # (3 - 4 + 10 and 3 - 12 + 10) / 2 = 5; 3 < 5; (16 + 8) / 2 = 12
-    two = margin_loss(torch.tensor([[4.0, 12.0], [40.0, 40.0]]), torch.tensor([3.0, 6.0]), Margins(5.0, 20.0, 10.0))
+    loss = margin_loss(torch.tensor([4.0, 12.0]), torch.tensor(3.0), [5.0, 20.0, 10.0])
+    assert loss.item() == 17  # (3 - 4 + 10 and 3 - 12 + 10) / 2 = 5; 3 < 5; (16 + 8) / 2 = 12
+    two = margin_loss(torch.tensor([[4.0, 12.0], [40.0, 40.0]]), torch.tensor([3.0, 6.0]), [5.0, 20.0, 10.0])
     assert two.tolist() == [17, 1]  # of the second only 6 - 5 is above 0
 
 
 def test_edit_loss_divides_by_one_more_than_the_labels(golden_tokenizer: PreTrainedTokenizerBase) -> None:
     rows = rows_of(golden_tokenizer, "why")
     n = int(rows.n_labels[0])
-    found = edit_loss(torch.zeros(2 * n, 600), Labels.of([rows]))
-    assert found.item() == pytest.approx(math.log(600) * n / (n + 1))
+    loss = edit_loss(torch.zeros(2 * n, 600), Labels.of([rows]))
+    assert loss.item() == pytest.approx(math.log(600) * n / (n + 1))
 
 
 def test_first_step_of_a_shard_has_a_gradient_that_is_a_number(build: Build) -> None:
@@ -178,9 +158,9 @@ def test_mask_of_a_shard_does_not_depend_on_which_came_before() -> None:
 
 def test_merging_keeps_lone_changes_averages_agreement_and_takes_the_larger_side() -> None:
     base = torch.ones(4)
-    one, two = base + torch.tensor([0.2, -0.1, 0.0, 0.3]), base + torch.tensor([0.4, 0.3, 0.0, 0.0])
+    first, second = base + torch.tensor([0.2, -0.1, 0.0, 0.3]), base + torch.tensor([0.4, 0.3, 0.0, 0.0])
     expected = base + torch.tensor([0.3, 0.3, 0.0, 0.3])
-    torch.testing.assert_close(ties([one, two], base, [0.5, 0.5], 1.0), expected)
+    torch.testing.assert_close(ties([first, second], base, [0.5, 0.5], 1.0), expected)
 
 
 def test_trimming_keeps_the_largest_floor_of_the_share() -> None:
@@ -192,7 +172,7 @@ def test_shards_are_stored_and_merged_when_their_turn_comes(build: Build) -> Non
     counts = []
     for i in range(5):
         editor.edit([EditCase(str(i), CASES[i % 3].prompt, CASES[i % 3].target)])
-        counts.append((len(editor.memories), editor.live is None))
+        counts.append((len(editor.weights.stored), editor.weights.live is None))
     assert counts == [(1, True), (1, True), (2, True), (2, True), (3, True)]
     assert editor.side_parameters() == 3 * (64 * 176 + 1)
 
@@ -207,7 +187,7 @@ def identity(tensor: Tensor) -> Tensor:
 def decided(live: float | None, memories: list[tuple[float, float]]) -> int:
     """Choice for an input of 1 with main output 0; weights are the scores, thresholds as given."""
     ones = torch.ones(1, 1, 1)
-    found = route(
+    routed = route(
         ones,
         torch.zeros(1, 1, 1),
         torch.ones(1, 1, dtype=torch.bool),
@@ -217,7 +197,7 @@ def decided(live: float | None, memories: list[tuple[float, float]]) -> int:
         activation=identity,
         bias=None,
     )
-    return int(found.choices)
+    return int(routed.choices)
 
 
 @pytest.mark.parametrize(
@@ -247,8 +227,8 @@ def test_score_is_the_mean_over_real_tokens_and_past_a_hundred_the_largest() -> 
     side = torch.zeros(2, 120, 1)
     side[:, :20] = 7
     side[:, -1] = 5
-    found = scores(side, torch.zeros(2, 120, 1), mask, identity)
-    assert found.tolist() == pytest.approx([5 / 100, 7.0])
+    of_rows = scores(side, torch.zeros(2, 120, 1), mask, identity)
+    assert of_rows.tolist() == pytest.approx([5 / 100, 7.0])
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -256,21 +236,23 @@ def test_rows_of_a_batch_are_routed_as_if_alone(build: Build, golden_tokenizer: 
     editor = build(n_steps=30)
     editor.edit(CASES)
     prompts = [*(case.prompt for case in CASES), BUILT_IN[0], "Brightwater"]
-    found: list[Routed] = []
+    decisions: list[Routed] = []
 
     def respond(inputs: Tensor, outputs: Tensor, mask: Tensor) -> Tensor:
-        found.append(editor.routed(inputs, outputs, mask))
-        return found[-1].outputs
+        decisions.append(editor.routed(inputs, outputs, mask))
+        return decisions[-1].outputs
 
-    rows = encode_prompts(golden_tokenizer, prompts)
+    rows = PromptEncoder(golden_tokenizer).prompts(prompts)
     with editor.hook.responding(respond):
         batch = pad(rows, 0, side)
         editor.model(batch.input_ids, batch.attention_mask, position_ids=batch.position_ids)
         for row in rows:
             editor.model(torch.tensor([row]))
-    together, alone = found[0], found[1:]
-    torch.testing.assert_close(together.scores, torch.cat([one.scores for one in alone]), rtol=1e-4, atol=1e-5)
-    assert together.choices.tolist() == [int(one.choices) for one in alone]
+    together, alone = decisions[0], decisions[1:]
+    torch.testing.assert_close(
+        together.scores, torch.cat([decision.scores for decision in alone]), rtol=1e-4, atol=1e-5
+    )
+    assert together.choices.tolist() == [int(decision.choices) for decision in alone]
     assert len(set(together.choices.tolist())) > 2
 
 
@@ -312,19 +294,22 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
 @pytest.mark.parametrize("add_bias", [True, False])
 @pytest.mark.parametrize("name", MODELS)
 def test_cached_engine_gives_what_the_sequential_one_gives(
-    name: str, add_bias: bool, golden_tokenizer: PreTrainedTokenizerBase
+    name: str,
+    add_bias: bool,
+    golden_tokenizer: PreTrainedTokenizerBase,
+    wise_config: Callable[..., WiseConfig],
 ) -> None:
     architecture, module, more = MODELS[name]
-    found: list[Tensor] = []
+    moved: list[Tensor] = []
     for engine in ("cached", "sequential"):
         model = small(architecture, **more)
         changes = {"module": module, "add_bias": add_bias, "engine": engine, "n_steps": 6}
-        editor = WiseEditor(model, golden_tokenizer, **{**SETTINGS, **changes})
+        editor = WiseEditor(model, golden_tokenizer, wise_config(**changes), seed=42)
         editor.edit(CASES[:1])
-        assert editor._no_upper is None
-        found.append(side_weight(editor) - editor._linear.weight)
-    assert found[1].abs().max() > 1e-3
-    torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-3 * float(found[1].abs().max()))
+        assert not any("whole model" in sentence for sentence in editor.warnings())
+        moved.append(side_weight(editor) - editor._linear.weight)
+    assert moved[1].abs().max() > 1e-3
+    torch.testing.assert_close(moved[0], moved[1], rtol=0, atol=1e-3 * float(moved[1].abs().max()))
 
 
 def test_engines_give_the_same_stream(build: Build) -> None:
@@ -351,11 +336,11 @@ STREAM = [
 ]
 
 
-def near(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+def near(ours: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     """The same state up to the rounding of float32, over as many steps as the tests take."""
-    assert found.keys() == expected.keys()
+    assert ours.keys() == expected.keys()
     for name, tensor in expected.items():
-        torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-4, msg=name)
+        torch.testing.assert_close(ours[name], tensor, rtol=1e-4, atol=1e-4, msg=name)
 
 
 @pytest.mark.parametrize(
@@ -366,13 +351,13 @@ def near(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 def test_shards_side_by_side_are_those_trained_one_by_one(
     build: Build, shards_at_once: int, loss: float, change: float, retrieve: bool
 ) -> None:
-    found, stopping = [], {"loss": loss, "change": change}
+    outcomes, stopping = [], {"loss": loss, "change": change}
     for at_once, engine in ((1, "sequential"), (1, "cached"), (shards_at_once, "cached")):
         editor = build(shards_at_once=at_once, engine=engine, early_stopping=stopping, retrieve=retrieve)
         records = editor.edit(STREAM)
-        found.append((editor.state_dict(), [(one.case_id, one.action, one.steps) for one in records]))
+        outcomes.append((editor.state_dict(), [(record.case_id, record.action, record.steps) for record in records]))
         editor.detach()
-    plain, one_by_one, together = found
+    plain, one_by_one, together = outcomes
     assert together[1] == one_by_one[1] == plain[1]
     assert [case_id for case_id, *_ in together[1]] == [case.id for case in STREAM]
     near(together[0], one_by_one[0])
@@ -399,15 +384,15 @@ def test_edit_without_a_finite_loss_leaves_its_neighbour_alone(
     build: Build, golden_tokenizer: PreTrainedTokenizerBase
 ) -> None:
     editor = build()
-    upper, base = editor._upper_layers(), editor._linear.weight.detach()
+    upper, base = editor._fast.layers(), editor.weights.base
     assert upper is not None
     ones = torch.ones_like(base)
     edits = [SideEdit(rows_of(golden_tokenizer, text), ones, base, 0) for text in ("why", "how is it")]
-    settings: dict[str, Any] = {"base": base, "schedule": editor.schedule}
+    settings: dict[str, Any] = {"base": base, "side": editor.side, "act_weight": 1.0}
 
-    def trained(chosen: list[SideEdit], extra: Tensor) -> list[SideTrained]:
-        forward = upper.side_pass([edit.rows for edit in chosen], None, editor._activation)
-        return train_sides(chosen, forward=forward, extra=lambda _done: extra, **settings)
+    def trained(some: list[SideEdit], extra: Tensor) -> list[SideTrained]:
+        forward = upper.side_pass([edit.rows for edit in some], None, editor._activation)
+        return train_sides(some, forward=forward, extra=lambda _done: extra, **settings)
 
     broken, sound = trained(edits, torch.tensor([math.nan, 0.0]))
     (alone,) = trained(edits[1:], torch.zeros(1))
@@ -427,7 +412,7 @@ def test_no_case_may_be_tested_on_a_disjoint_prompt(build: Build, tmp_path: Path
         editor.expect([CASES[0], tested])
     with pytest.raises(UserError, match="is in the list"):
         editor.edit([CASES[0], tested])
-    assert editor.n_edits == 0
+    assert editor.weights.n_edits == 0
     assert "disjoint" in editor.warnings()[0]
     editor.detach()
     (tmp_path / "prompts.txt").write_text("the leak\n")
@@ -439,28 +424,31 @@ def test_no_case_may_be_tested_on_a_disjoint_prompt(build: Build, tmp_path: Path
 
 def test_disjoint_prompts_come_in_turn_whatever_is_tested(build: Build) -> None:
     editor = build()
-    assert [editor._irrelevant_prompt(CASES[0], turn) for turn in (0, 1, 32)] == [BUILT_IN[i] for i in (0, 1, 0)]
+    assert [editor.irrelevant.of(CASES[0], turn) for turn in (0, 1, 32)] == [BUILT_IN[i] for i in (0, 1, 0)]
 
 
 def test_release_trains_on_the_prompts_of_the_test_and_says_so(build: Build) -> None:
     editor = build(loc_source="release", n_steps=1)
     tested = EditCase("x", "a", "b", locality=(Probe("the leak", "c"),))
     editor.expect([tested])
-    assert editor._irrelevant_prompt(tested, 0) == "the leak"
+    assert editor.irrelevant.of(tested, 0) == "the leak"
     assert len(editor.warnings()) == 1
     assert "optimistic" in editor.warnings()[0]
     editor.edit(CASES[:1])
     assert "1 cases have no locality prompt" in editor.warnings()[1]
 
 
-def test_prompts_come_from_a_file(tmp_path: Path) -> None:
+def test_prompts_come_from_a_file(tmp_path: Path, wise_config: Callable[..., WiseConfig]) -> None:
+    def listed(name: str) -> list[str]:
+        return list(DisjointPrompts(wise_config(irrelevant_prompts=str(tmp_path / name))).prompts)
+
     (tmp_path / "prompts.txt").write_text("one\n\n two \n")
-    assert irrelevant_prompts(str(tmp_path / "prompts.txt")) == ["one", "two"]
+    assert listed("prompts.txt") == ["one", "two"]
     (tmp_path / "empty.txt").write_text("\n")
     with pytest.raises(UserError, match="holds no prompt"):
-        irrelevant_prompts(str(tmp_path / "empty.txt"))
+        listed("empty.txt")
     with pytest.raises(UserError, match="cannot be read"):
-        irrelevant_prompts(str(tmp_path / "missing.txt"))
+        listed("missing.txt")
 
 
 # --- Failures, state, WISE-Merge -----------------------------------------------------------------------
@@ -470,14 +458,14 @@ def test_non_finite_loss_keeps_the_last_finite_weight(build: Build) -> None:
     editor = build(learning_rate=1e30, norm_constraint=None)
     record, *_ = editor.edit(CASES[:1])
     assert record.problem == "the loss was not finite; the last finite side weight was kept"
-    assert editor.live is None or side_weight(editor).isfinite().all()
+    assert editor.weights.live is None or side_weight(editor).isfinite().all()
 
 
 def test_blank_target_fails_and_keeps_its_place_in_the_shard(build: Build) -> None:
     editor = build(n_steps=1)
     records = editor.edit([EditCase("blank", "Who?", " "), CASES[0]])
     assert [record.action for record in records] == ["failed", "inserted"]
-    assert (editor.n_edits, len(editor.memories)) == (2, 1)
+    assert (editor.weights.n_edits, len(editor.weights.stored)) == (2, 1)
 
 
 def test_merge_mode_answers_with_one_weight_and_goes_on_after_a_restart(build: Build) -> None:
@@ -486,18 +474,18 @@ def test_merge_mode_answers_with_one_weight_and_goes_on_after_a_restart(build: B
     editor.edit(stream[:5])
     state = editor.state_dict()
     assert {"live", "merged"} <= state.keys()
-    shown = editor._one_weight()
+    shown = editor.weights.one_weight()
     editor.edit(stream[5:])
     expected = editor.state_dict()
     editor.detach()
     resumed = build(retrieve=False, n_steps=3)
     resumed.load_state_dict(state)
-    assert torch.equal(resumed._one_weight().weight, shown.weight)
-    assert resumed._one_weight().activation == shown.activation
+    assert torch.equal(resumed.weights.one_weight().weight, shown.weight)
+    assert resumed.weights.one_weight().activation == shown.activation
     resumed.edit(stream[5:])
-    found = resumed.state_dict()
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    ours = resumed.state_dict()
+    assert ours.keys() == expected.keys()
+    assert all(torch.equal(ours[name], tensor) for name, tensor in expected.items())
 
 
 def test_state_of_another_module_is_refused(build: Build) -> None:
@@ -511,25 +499,41 @@ def test_state_of_another_module_is_refused(build: Build) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "sentence"),
+    ("module", "sentence"),
     [
-        ({"module": "model.layers.9.mlp.down_proj"}, "has no such module"),
-        ({"module": "model.layers.2.mlp"}, "a linear module is needed"),
-        ({"shards_at_once": 0}, "method.shards_at_once"),
-        ({"merge_freq": 3}, "multiple of method.save_freq"),
-        ({"save_freq": 0}, "multiple of method.save_freq"),
-        ({"loc_source": "other"}, "method.loc_source must be"),
-        ({"engine": "fast"}, "method.engine must be"),
-        ({"act_margin": [1.0, 2.0]}, "alpha, beta, gamma"),
-        ({"mask_ratio": 0.0}, "method.mask_ratio"),
-        ({"density": 1.5}, "method.density"),
-        ({"act_ratio": 0.0}, "method.act_ratio"),
-        ({"templates": ["no place"]}, "method.templates"),
-        ({"n_steps": 0}, "method.n_steps"),
-        ({"learning_rate": 0.0}, "method.learning_rate"),
-        ({"norm_constraint": 0.0}, "method.norm_constraint"),
+        ("model.layers.9.mlp.down_proj", "has no such module"),
+        ("model.layers.2.mlp", "a linear module is needed"),
     ],
 )
-def test_settings_out_of_range_are_refused(build: Build, changes: dict[str, Any], sentence: str) -> None:
+def test_module_that_cannot_have_side_weights_is_refused(build: Build, module: str, sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
-        build(**changes)
+        build(module=module)
+
+
+@pytest.mark.parametrize(
+    ("setting", "sentence"),
+    [
+        ("shards_at_once=0", "method.shards_at_once must be at least 1, got 0"),
+        ("merge_freq=3", "method.merge_freq must be a multiple of save_freq, got 3 and 2; whole shards are merged"),
+        ("save_freq=0", "method.save_freq must be at least 1, got 0"),
+        ("loc_source=other", "method.loc_source must be 'disjoint' or 'release', got 'other'"),
+        ("engine=fast", "method.engine must be 'cached' or 'sequential', got 'fast'"),
+        ("act_margin=[1.0,2.0]", "method.act_margin must be a list of at least 3"),
+        ("mask_ratio=0.0", "method.mask_ratio must be above 0"),
+        ("density=1.5", "method.density must be at most 1"),
+        ("act_ratio=0.0", "method.act_ratio must be above 0"),
+        ("templates=[no place]", "method.templates must hold '{}', where the prompt goes, got 'no place'"),
+        ("n_steps=0", "method.n_steps must be at least 1, got 0"),
+        ("learning_rate=0.0", "method.learning_rate must be above 0"),
+        ("norm_constraint=0.0", "method.norm_constraint must be above 0"),
+    ],
+)
+def test_settings_out_of_range_are_refused(setting: str, sentence: str) -> None:
+    with pytest.raises(UserError) as caught:
+        run_config(["method=wise", f"method.{setting}"])
+    assert str(caught.value).startswith(sentence)
+
+
+def test_release_overlay_sets_what_the_release_does() -> None:
+    method = run_config(["method=wise", "compat=release"]).method
+    assert (method["loc_source"], method["add_bias"]) == ("release", False)

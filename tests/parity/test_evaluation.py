@@ -3,26 +3,27 @@
 import json
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import hydra
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from horen_bench.cases import EditCase, Probe
-from horen_bench.config.settings import build_editor, resolved
-from horen_bench.evaluation import Answer, Question, TokenExaminer, protocol_of, questions_about
-from horen_bench.paths import resource
+from horen_bench.config.compose import run_config
+from horen_bench.config.schema import Mode
+from horen_bench.evaluation.evaluator import Prediction
+from horen_bench.evaluation.probes import CaseProbe, probes_of
+from horen_bench.evaluation.token_match import TokenMatchEvaluator, TokenMatchProtocol, protocol_of
+from horen_bench.prompts import PromptEncoder
 
 BASELINES = Path(__file__).parents[2] / "baselines"
 PUBLISHED_NAMES = {"rel": "rewrite", "gen": "rephrase", "loc": "locality"}
-MODES: dict[Literal["generate", "teacher_forced"], str] = {
+MODES: dict[Mode, str] = {
     "generate": "vanilla",
     "teacher_forced": "teacher_forcing",
 }
-Mode = Literal["generate", "teacher_forced"]
 
 
 @cache
@@ -32,19 +33,19 @@ def published(model: str) -> list[dict[str, Any]]:
 
 
 @cache
-def questions() -> list[Question]:
+def probes() -> list[CaseProbe]:
     requests = json.loads((BASELINES / "horen" / "requests.json").read_text())
     cases = [
         EditCase(
-            str(one["id"]),
-            one["prompt"],
-            one["target_new"],
-            paraphrases=(one["rephrase"],),
-            locality=(Probe(one["locality_prompt"], one["locality_answer"]),),
+            str(request["id"]),
+            request["prompt"],
+            request["target_new"],
+            paraphrases=(Probe(request["rephrase"], request["target_new"]),),
+            locality=(Probe(request["locality_prompt"], request["locality_answer"]),),
         )
-        for one in requests
+        for request in requests
     ]
-    return questions_about(cases)
+    return probes_of(cases)
 
 
 @pytest.fixture
@@ -56,9 +57,8 @@ def base_model(golden_model: PreTrainedModel) -> PreTrainedModel:
 def horen_model(golden_model: PreTrainedModel, golden_tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """The model with the memory that the published HoReN wrote, put into our editor."""
     recorded = load_file(BASELINES / "horen" / "T1" / "tensors.safetensors")
-    with hydra.initialize_config_dir(str(resource("conf")), version_base="1.3"):
-        config = resolved(hydra.compose("config", ["method=horen", "method.threshold=0.6", "method.pooling_ratio=0.6"]))
-    editor = build_editor(config, golden_model, golden_tokenizer)
+    config = run_config(["method=horen", "method.threshold=0.6", "method.pooling_ratio=0.6"]).method
+    editor = config.editor_class()(golden_model, golden_tokenizer, config)
     keys = recorded["final/keys"][1:]  # row 0 is the release's dummy
     none = torch.zeros(len(keys), dtype=torch.long)
     editor.load_state_dict(
@@ -71,7 +71,8 @@ def horen_model(golden_model: PreTrainedModel, golden_tokenizer: PreTrainedToken
             "prompt_lengths": none,
         }
     )
-    return editor.model
+    model: PreTrainedModel = editor.model
+    return model
 
 
 @pytest.fixture
@@ -81,25 +82,32 @@ def rome_model(golden_model: PreTrainedModel) -> PreTrainedModel:
     return golden_model
 
 
+def evaluator_of(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, protocol: TokenMatchProtocol, batch_size: int = 64
+) -> TokenMatchEvaluator:
+    encoder = PromptEncoder(tokenizer)
+    return TokenMatchEvaluator(model=model, encoder=encoder, protocol=protocol, batch_size=batch_size)
+
+
 def compare(
-    found: TokenExaminer,
+    evaluator: TokenMatchEvaluator,
     expected: list[dict[str, Any]],
     when: str,
-    base: list[Answer] | None,
+    base: list[Prediction] | None,
     skip: set[tuple[int, str]],
 ) -> int:
-    """Compare every answer with the published one; how many were compared."""
+    """Compare every prediction with the published one; how many were compared."""
     n_compared = 0
-    answers = found.ask(questions())
-    for question, answer, before in zip(questions(), answers, base or answers, strict=True):
-        if (question.case, question.family) in skip:
+    predictions = evaluator.predict(probes())
+    for probe, prediction, before in zip(probes(), predictions, base or predictions, strict=True):
+        if (probe.case, probe.family) in skip:
             continue
-        name = PUBLISHED_NAMES[question.family]
-        what = expected[question.case][when][name][MODES[found.protocol.mode]]
-        if question.family == "loc":
-            assert list(answer.ids) == what, (question, answer)
+        name = PUBLISHED_NAMES[probe.family]
+        what = expected[probe.case][when][name][MODES[evaluator.protocol.mode]]
+        if probe.family == "loc":
+            assert list(prediction.ids) == what, (probe, prediction)
         else:
-            assert found.score(question, answer, before) == pytest.approx(what, abs=1e-12), (question, answer)
+            assert evaluator.score(probe, prediction, before) == pytest.approx(what, abs=1e-12), (probe, prediction)
         n_compared += 1
     return n_compared
 
@@ -115,10 +123,8 @@ def test_unedited_model_gets_the_published_scores(
     batch_size: int,
 ) -> None:
     """Under either mode, alone and in one padded batch."""
-    examiner = TokenExaminer(
-        model=base_model, tokenizer=golden_tokenizer, protocol=protocol_of("release", mode), batch_size=batch_size
-    )
-    assert compare(examiner, published(record), "pre", None, set()) == 30
+    evaluator = evaluator_of(base_model, golden_tokenizer, protocol_of("release", mode), batch_size)
+    assert compare(evaluator, published(record), "pre", None, set()) == 30
 
 
 @pytest.mark.parametrize("mode", ["generate", "teacher_forced"])
@@ -136,30 +142,30 @@ def test_horens_edits_get_the_published_scores(
         if matched[case, i] and gaps[case, i] < 1e-5
     }
     assert {case for case, _ in tied} <= {1, 4, 6, 9}
-    examiner = TokenExaminer(model=horen_model, tokenizer=golden_tokenizer, protocol=protocol_of("release", mode))
-    assert compare(examiner, published("horen_T1"), "post", None, tied) == 30 - len(tied)
+    evaluator = evaluator_of(horen_model, golden_tokenizer, protocol_of("release", mode))
+    assert compare(evaluator, published("horen_T1"), "post", None, tied) == 30 - len(tied)
 
 
 @pytest.mark.parametrize("mode", ["generate", "teacher_forced"])
 def test_romes_edits_get_the_published_scores(
     rome_model: PreTrainedModel, golden_tokenizer: PreTrainedTokenizerBase, mode: Mode
 ) -> None:
-    examiner = TokenExaminer(model=rome_model, tokenizer=golden_tokenizer, protocol=protocol_of("release", mode))
-    assert compare(examiner, published("rome_cov32"), "post", None, set()) == 30
+    evaluator = evaluator_of(rome_model, golden_tokenizer, protocol_of("release", mode))
+    assert compare(evaluator, published("rome_cov32"), "post", None, set()) == 30
 
 
 def test_locality_scores_against_the_model_before_the_edits_are_the_published_ones(
     rome_model: PreTrainedModel, other_golden_model: PreTrainedModel, golden_tokenizer: PreTrainedTokenizerBase
 ) -> None:
     protocol = protocol_of("release", "teacher_forced")
-    before = TokenExaminer(model=other_golden_model, tokenizer=golden_tokenizer, protocol=protocol).ask(questions())
-    examiner = TokenExaminer(model=rome_model, tokenizer=golden_tokenizer, protocol=protocol)
+    before = evaluator_of(other_golden_model, golden_tokenizer, protocol).predict(probes())
+    evaluator = evaluator_of(rome_model, golden_tokenizer, protocol)
     scores = {
-        question.case: examiner.score(question, answer, base)
-        for question, answer, base in zip(questions(), examiner.ask(questions()), before, strict=True)
-        if question.family == "loc"
+        probe.case: evaluator.score(probe, prediction, base)
+        for probe, prediction, base in zip(probes(), evaluator.predict(probes()), before, strict=True)
+        if probe.family == "loc"
     }
-    expected = {i: one["post_locality_acc"] for i, one in enumerate(published("rome_cov32"))}
+    expected = {i: request["post_locality_acc"] for i, request in enumerate(published("rome_cov32"))}
     assert scores == pytest.approx(expected, abs=1e-12)
     assert len(set(scores.values())) > 3  # they differ, so that equality says something
 
@@ -168,12 +174,12 @@ def test_the_papers_protocol_gives_partial_credit_where_the_release_gives_none(
     base_model: PreTrainedModel, golden_tokenizer: PreTrainedTokenizerBase
 ) -> None:
     """Both decode the same tokens; only the rule for lengths differs, so scores are never lower."""
-    rel = [question for question in questions() if question.family != "loc"]
-    strict = TokenExaminer(model=base_model, tokenizer=golden_tokenizer, protocol=protocol_of("release", "generate"))
-    fair = TokenExaminer(model=base_model, tokenizer=golden_tokenizer, protocol=protocol_of("greedy", "generate"))
+    rel = [probe for probe in probes() if probe.family != "loc"]
+    strict = evaluator_of(base_model, golden_tokenizer, protocol_of("release", "generate"))
+    fair = evaluator_of(base_model, golden_tokenizer, protocol_of("greedy", "generate"))
     pairs = [
-        (strict.score(q, a, a), fair.score(q, b, b))
-        for q, a, b in zip(rel, strict.ask(rel), fair.ask(rel), strict=True)
+        (strict.score(probe, a, a), fair.score(probe, b, b))
+        for probe, a, b in zip(rel, strict.predict(rel), fair.predict(rel), strict=True)
     ]
     assert all(low <= high for low, high in pairs)
     assert any(low == 0.0 < high for low, high in pairs)

@@ -18,12 +18,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from horen_bench.cases import EditCase
-from horen_bench.editors.base import EditRecord
+from horen_bench.cases import EditCase, EditRecord
+from horen_bench.config.compose import run_config
 from horen_bench.editors.codebook import parallel, training
-from horen_bench.editors.grace.editor import GraceEditor, distances
-from horen_bench.evaluation import greedy_decode
-from horen_bench.prompts import encode_edit, encode_prompts
+from horen_bench.editors.grace.editor import GraceEditor
+from horen_bench.editors.grace.scan import distances
+from horen_bench.evaluation.decoding import greedy_decode
 
 BASELINES = Path(__file__).parents[2] / "baselines"
 VARIANTS = [
@@ -86,11 +86,11 @@ def run(request: pytest.FixtureRequest) -> Iterator[Run]:
     variant, engine = request.param
     folder = BASELINES / "grace" / variant
     recorded, meta = load_file(folder / "tensors.safetensors"), json.loads((folder / "meta.json").read_text())
-    asked = json.loads((BASELINES / "horen" / "requests.json").read_text())
+    items = json.loads((BASELINES / "horen" / "requests.json").read_text())
     extra = json.loads((BASELINES / "grace" / "extra_requests.json").read_text())
-    by_id = {item["id"]: item for item in asked + extra}
+    by_id = {item["id"]: item for item in items + extra}
     texts = [(by_id[i]["prompt"], by_id[i]["target_new"]) for i in meta["data"]["request_ids_in_edit_order"]]
-    probes = [item[kind] for item in asked for kind in ("prompt", "rephrase", "locality_prompt")]
+    probes = [item[kind] for item in items for kind in ("prompt", "rephrase", "locality_prompt")]
     run = Run(recorded, meta, published_editor(meta, engine), texts, probes, [], {}, {}, [], [])
     with pytest.MonkeyPatch.context() as patch:
         watch(patch, run)
@@ -107,59 +107,56 @@ def run(request: pytest.FixtureRequest) -> Iterator[Run]:
 def published_editor(meta: dict[str, Any], engine: Any) -> GraceEditor:
     """The editor with the settings that a fixture was recorded under."""
     published = meta["hyperparameters"]
-    return GraceEditor(
-        AutoModelForCausalLM.from_pretrained(BASELINES / "model").requires_grad_(False).eval(),
-        AutoTokenizer.from_pretrained(BASELINES / "model"),
-        seed=0,
-        module="model.layers.2.mlp.down_proj",
-        pooling_ratio=0.0,
-        normalize=False,
-        eps=published["eps"],
-        threshold=None,
-        label_rule="original" if meta["variant"] == "cold_aligned_labels" else "release",
-        same_key="release",
-        value_init=published["val_init"],
-        replacement=published["replacement"],
-        decode_lookup=False,
-        vector={"learning_rate": published["edit_lr"]},
-        n_steps=published["n_iter"],
-        early_stopping=None,
-        engine=engine,
-        train_batch=None,
-    )
+    changes = {
+        "module": "model.layers.2.mlp.down_proj",
+        "eps": published["eps"],
+        "value_init": published["val_init"],
+        "replacement": published["replacement"],
+        "vector.learning_rate": published["edit_lr"],
+        "n_steps": published["n_iter"],
+        "engine": engine,
+    }
+    if meta["variant"] == "cold_aligned_labels":
+        changes["label_rule"] = "original"
+    overrides = [f"method.{name}={value}" for name, value in changes.items()]
+    method: Any = run_config(["method=grace", "compat=release", *overrides]).method
+    model = AutoModelForCausalLM.from_pretrained(BASELINES / "model").requires_grad_(False).eval()
+    return GraceEditor(model, AutoTokenizer.from_pretrained(BASELINES / "model"), method)
 
 
 def watch(patch: pytest.MonkeyPatch, run: Run) -> None:
     """Note what training starts from and its losses; draw the recorded values where they were random."""
 
-    def one(value: Any, *args: Any) -> training.Trained:
-        trained = training.train_value(value, *args)
+    train_value, train_values = training.train_value, parallel.train_values
+
+    def alone(value: Any, *args: Any) -> training.TrainedValue:
+        trained = train_value(value, *args)
         run.starts[len(run.records)], run.losses[len(run.records)] = value["vector"].clone(), trained.losses
         return trained
 
-    def many(*args: Any) -> Iterator[tuple[parallel.Job, training.Trained]]:
-        for job, trained in parallel.train_values(*args):
+    def many(*args: Any) -> Iterator[tuple[training.ValueJob, training.TrainedValue]]:
+        for job, trained in train_values(*args):
             run.starts[len(run.records)], run.losses[len(run.records)] = job.start["vector"].clone(), trained.losses
             yield job, trained
 
-    patch.setattr("horen_bench.editors.codebook.editor.train_value", one)
+    patch.setattr("horen_bench.editors.codebook.training.train_value", alone)
     patch.setattr("horen_bench.editors.codebook.editor.train_values", many)
-    if run.editor.value_init == "cold":
+    if run.editor.config.value_init == "cold":
         draw = lambda i: {"vector": run.recorded[f"edit{i:02d}/initial_value"][0]}  # noqa: E731
         patch.setattr(run.editor, "_initial_value", draw)
 
 
-def relative(found: Tensor, expected: Tensor) -> float:
+def relative(ours: Tensor, expected: Tensor) -> float:
     """Largest difference over largest value."""
-    return float((found - expected).abs().max() / expected.abs().max())
+    return float((ours - expected).abs().max() / expected.abs().max())
 
 
 # --- One function at a time, fed with what was recorded ------------------------------------------------
 
 
 def test_distances_of_recorded_queries_to_recorded_keys_are_the_recorded_ones(run: Run) -> None:
-    found = distances(run.recorded["probe/query"], run.recorded["final/keys"])
-    torch.testing.assert_close(found, run.recorded["probe/distances"], rtol=1e-5, atol=1e-5)
+    apart = distances(run.recorded["probe/query"], run.recorded["final/keys"])
+    torch.testing.assert_close(apart, run.recorded["probe/distances"], rtol=1e-5, atol=1e-5)
 
 
 # --- The whole stream ----------------------------------------------------------------------------------
@@ -174,7 +171,7 @@ def test_as_much_is_compared_as_said(run: Run, request: pytest.FixtureRequest) -
 
 def test_training_sequences_and_queries_are_the_recorded_ones(run: Run) -> None:
     for i, (prompt, target) in enumerate(run.texts):
-        edit = encode_edit(run.editor.tokenizer, prompt, target)
+        edit = run.editor.encoder.edit(prompt, target)
         assert list(edit.ids) == run.per_edit("input_ids")[i][0].tolist()
         assert len(edit.prompt) - 1 == run.per_edit("key_id")[i].item()
         query = run.editor.queries([edit.prompt])[0]
@@ -194,8 +191,8 @@ def test_edits_take_the_branches_that_were_taken(run: Run) -> None:
 
 
 def test_keys_and_radii_agree_after_every_edit(run: Run) -> None:
-    for found, expected in zip(run.radii, run.per_edit("epsilons_after"), strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    for ours, expected in zip(run.radii, run.per_edit("epsilons_after"), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(run.editor.codebook.keys, run.recorded["final/keys"], rtol=1e-5, atol=1e-5)
 
 
@@ -230,15 +227,15 @@ def test_losses_agree_step_by_step_and_an_edit_that_is_lost_was_lost_upstream(ru
 
 
 def test_values_of_all_entries_agree_after_every_edit(run: Run) -> None:
-    for i, (found, expected) in enumerate(zip(run.values, run.per_edit("values_after"), strict=True)):
-        assert found.shape == expected.shape
-        for entry in range(len(found)):
-            assert relative(found[entry], expected[entry]) < 5e-3, (i, entry)
+    for i, (values, expected) in enumerate(zip(run.values, run.per_edit("values_after"), strict=True)):
+        assert values.shape == expected.shape
+        for entry in range(len(values)):
+            assert relative(values[entry], expected[entry]) < 5e-3, (i, entry)
 
 
 def test_probes_are_routed_as_recorded(run: Run) -> None:
     recorded, clear = run.recorded, run.clear_probes
-    queries = run.editor.queries(encode_prompts(run.editor.tokenizer, run.probes))
+    queries = run.editor.queries(run.editor.encoder.prompts(run.probes))
     torch.testing.assert_close(queries, recorded["probe/query"], rtol=1e-5, atol=1e-5)
     matches = run.editor.match(queries)
     torch.testing.assert_close(matches.scores, recorded["probe/distances"].amin(dim=1), rtol=1e-5, atol=1e-5)
@@ -249,7 +246,7 @@ def test_probes_are_routed_as_recorded(run: Run) -> None:
 
 def test_generations_are_the_recorded_tokens(run: Run) -> None:
     """With a KV cache and in one batch; the recording decodes one at a time without."""
-    rows = encode_prompts(run.editor.tokenizer, run.probes)
+    rows = run.editor.encoder.prompts(run.probes)
     recorded = [[token for token in row if token != -1] for row in run.recorded["post/generations"].tolist()]
     decoded = greedy_decode(run.editor.model, rows, [8] * len(rows), pad_id=0)
     generate = getattr(run.editor.model, "generate")  # noqa: B009 - its type is not declared

@@ -17,13 +17,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from horen_bench.cases import EditCase
-from horen_bench.editors.base import EditRecord
+from horen_bench.cases import EditCase, EditRecord
+from horen_bench.config.compose import run_config
 from horen_bench.editors.codebook import parallel, training
 from horen_bench.editors.codebook.hopfield import refine
 from horen_bench.editors.horen.editor import HorenEditor
-from horen_bench.evaluation import greedy_decode
-from horen_bench.prompts import encode_continuations, encode_edit, encode_plain, encode_prompts
+from horen_bench.evaluation.decoding import greedy_decode
+from horen_bench.prompts import PromptEncoder
 
 BASELINES = Path(__file__).parents[2] / "baselines"
 VARIANTS = [
@@ -78,8 +78,8 @@ class Run:
 
 
 def requests() -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = json.loads((BASELINES / "horen" / "requests.json").read_text())
-    return found
+    items: list[dict[str, Any]] = json.loads((BASELINES / "horen" / "requests.json").read_text())
+    return items
 
 
 @pytest.fixture(scope="module", params=VARIANTS, ids="-".join)
@@ -88,24 +88,26 @@ def run(request: pytest.FixtureRequest) -> Iterator[Run]:
     variant, engine = request.param
     folder = BASELINES / "horen" / variant
     recorded, meta = load_file(folder / "tensors.safetensors"), json.loads((folder / "meta.json").read_text())
-    asked = requests()
-    stream = [asked[i] for i in meta["data"]["request_ids_in_edit_order"]]
+    items = requests()
+    stream = [items[i] for i in meta["data"]["request_ids_in_edit_order"]]
     editor = published_editor(meta["hyperparameters"], engine)
     losses: list[list[float]] = []
 
-    def noting_losses(*args: Any, **kwargs: Any) -> training.Trained:
-        trained = training.train_value(*args, **kwargs)
+    train_value, train_values = training.train_value, parallel.train_values
+
+    def noting_losses(*args: Any, **kwargs: Any) -> training.TrainedValue:
+        trained = train_value(*args, **kwargs)
         losses.append(trained.losses)
         return trained
 
-    def noting_losses_of_many(*args: Any) -> Iterator[tuple[parallel.Job, training.Trained]]:
-        for job, trained in parallel.train_values(*args):
+    def noting_losses_of_many(*args: Any) -> Iterator[tuple[training.ValueJob, training.TrainedValue]]:
+        for job, trained in train_values(*args):
             losses.append(trained.losses)
             yield job, trained
 
     records, before, written = [], [], []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("horen_bench.editors.codebook.editor.train_value", noting_losses)
+        patch.setattr("horen_bench.editors.codebook.training.train_value", noting_losses)
         patch.setattr("horen_bench.editors.codebook.editor.train_values", noting_losses_of_many)
         patch.setattr(editor, "_initial_value", lambda i: initial_value(recorded, i))
         for i, item in enumerate(stream):
@@ -113,41 +115,35 @@ def run(request: pytest.FixtureRequest) -> Iterator[Run]:
             records += editor.edit([EditCase(str(i), item["prompt"], item["target_new"])])
             written.append({name: value.clone() for name, value in editor.codebook.values.items()})
     texts = [(item["prompt"], item["target_new"]) for item in stream]
-    probes = [item[kind] for item in asked for kind in ("prompt", "rephrase", "locality_prompt")]
+    probes = [item[kind] for item in items for kind in ("prompt", "rephrase", "locality_prompt")]
     yield Run(recorded, editor, records, before, written, losses, texts, probes)
     editor.detach()
 
 
 def published_editor(published: dict[str, Any], engine: Any) -> HorenEditor:
     """The editor with the settings that a fixture was recorded under."""
+    adaptor = "lora" if published["adapter_mode"] == "lora" else "vector"
+    changes = {
+        "module": "model.layers.2.mlp.down_proj",
+        "threshold": published["hopfield_key_match_threshold"],
+        "pooling_ratio": POOLING[published["query_selection_strategy"]],
+        "normalize": published["normalize_codebook_keys"],
+        "hopfield.beta": published["hopfield_retrieval_beta"],
+        "hopfield.alpha": published["hopfield_retrieval_alpha"],
+        "hopfield.steps": published["hopfield_retrieval_max_iter"],
+        "hopfield.eps": published["hopfield_retrieval_eps"],
+        "adaptor": adaptor,
+        "vector.learning_rate": published["edit_lr"],
+        "lora.learning_rate": published["lora_edit_lr"],
+        "lora.rank": published["lora_rank"],
+        "lora.scale": published["lora_scale"],
+        "n_steps": published["n_iter"],
+        "engine": engine,
+    }
+    overrides = [f"method.{name}={value}" for name, value in changes.items()]
+    method: Any = run_config(["method=horen", "compat=release", *overrides]).method
     model = AutoModelForCausalLM.from_pretrained(BASELINES / "model").requires_grad_(False).eval()
-    return HorenEditor(
-        model,
-        AutoTokenizer.from_pretrained(BASELINES / "model"),
-        seed=0,
-        module="model.layers.2.mlp.down_proj",
-        threshold=published["hopfield_key_match_threshold"],
-        pooling_ratio=POOLING[published["query_selection_strategy"]],
-        normalize=published["normalize_codebook_keys"],
-        hopfield={
-            "beta": published["hopfield_retrieval_beta"],
-            "alpha": published["hopfield_retrieval_alpha"],
-            "steps": published["hopfield_retrieval_max_iter"],
-            "eps": published["hopfield_retrieval_eps"],
-        },
-        adaptor="lora" if published["adapter_mode"] == "lora" else "vector",
-        vector={"learning_rate": published["edit_lr"]},
-        lora={
-            "learning_rate": published["lora_edit_lr"],
-            "rank": published["lora_rank"],
-            "scale": published["lora_scale"],
-        },
-        n_steps=published["n_iter"],
-        early_stopping=None,
-        label_rule="release",
-        engine=engine,
-        train_batch=None,
-    )
+    return HorenEditor(model, AutoTokenizer.from_pretrained(BASELINES / "model"), method)
 
 
 def initial_value(recorded: dict[str, Tensor], i: int) -> dict[str, Tensor]:
@@ -156,9 +152,9 @@ def initial_value(recorded: dict[str, Tensor], i: int) -> dict[str, Tensor]:
     return {name: recorded[key] for name, key in keys.items() if key in recorded}
 
 
-def relative(found: Tensor, expected: Tensor) -> float:
+def relative(ours: Tensor, expected: Tensor) -> float:
     """Largest difference over largest value."""
-    return float((found - expected).abs().max() / expected.abs().max())
+    return float((ours - expected).abs().max() / expected.abs().max())
 
 
 # --- The ground: tokens and the unedited model ---------------------------------------------------------
@@ -169,11 +165,11 @@ def test_every_request_text_has_the_recorded_token_ids(
 ) -> None:
     for item, ids in zip(requests(), golden_tokens["requests"], strict=True):
         for name in ("prompt", "rephrase", "locality_prompt", "subject", "target_new", "locality_answer"):
-            assert encode_prompts(golden_tokenizer, [item[name]]) == [ids[name]]
+            assert PromptEncoder(golden_tokenizer).prompts([item[name]]) == [ids[name]]
         target = item["target_new"]
-        assert encode_plain(golden_tokenizer, [target]) == [ids["target_new_no_special"]]
-        assert encode_continuations(golden_tokenizer, [target]) == [ids["space_target_new_no_special"]]
-        edit = encode_edit(golden_tokenizer, item["prompt"], target)
+        assert PromptEncoder(golden_tokenizer).plain([target]) == [ids["target_new_no_special"]]
+        assert PromptEncoder(golden_tokenizer).continuations([target]) == [ids["space_target_new_no_special"]]
+        edit = PromptEncoder(golden_tokenizer).edit(item["prompt"], target)
         assert (list(edit.prompt), list(edit.ids)) == (ids["prompt"], ids["prompt_space_target"])
 
 
@@ -181,7 +177,7 @@ def test_the_unedited_model_gives_the_recorded_numbers(
     golden_model: PreTrainedModel, golden_tokenizer: PreTrainedTokenizerBase, golden_base: dict[str, Tensor]
 ) -> None:
     prompts = [item[kind] for item in requests() for kind in ("prompt", "rephrase", "locality_prompt")]
-    rows = encode_prompts(golden_tokenizer, prompts)
+    rows = PromptEncoder(golden_tokenizer).prompts(prompts)
     last = torch.stack([golden_model(torch.tensor([row])).logits[0, -1] for row in rows])
     torch.testing.assert_close(last, golden_base["pre/last_logits"], rtol=1e-5, atol=1e-5)
     ids = golden_base["pre/request0/input_ids"]
@@ -211,7 +207,7 @@ def cut(decoded: list[list[int]], generations: Tensor) -> list[list[int]]:
 def test_retrieval_from_recorded_queries_and_keys_gives_the_recorded_scores(run: Run) -> None:
     keys, query = run.recorded["final/keys"], run.recorded["probe/query"]
     # Row 0 is the release's first key, zero here; our codebook has no such row, and none is missed.
-    refined = refine(query, keys[1:], **run.editor.hopfield)
+    refined = refine(query, keys[1:], **dict(run.editor.config.hopfield))
     torch.testing.assert_close(refined, run.recorded["probe/refined_query"], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(refined @ keys.T, run.recorded["probe/scores"], rtol=1e-5, atol=1e-5)
     assert not keys[0].any()
@@ -228,27 +224,27 @@ def test_few_rows_are_ties(run: Run, request: pytest.FixtureRequest) -> None:
 
 def test_training_sequences_are_the_recorded_ones(run: Run) -> None:
     for (prompt, target), ids, last in zip(run.texts, run.per_edit("input_ids"), run.per_edit("key_id"), strict=True):
-        edit = encode_edit(run.editor.tokenizer, prompt, target)
+        edit = run.editor.encoder.edit(prompt, target)
         assert list(edit.ids) == ids[0].tolist()
         assert len(edit.prompt) - 1 == last.item()
 
 
 def test_queries_of_edits_agree_before_and_after_refinement(run: Run) -> None:
     for i, (prompt, _) in enumerate(run.texts):
-        query = run.editor.queries(encode_prompts(run.editor.tokenizer, [prompt]))
+        query = run.editor.queries(run.editor.encoder.prompts([prompt]))
         torch.testing.assert_close(query, run.per_edit("query")[i], rtol=1e-5, atol=1e-5)
         if i:
-            refined = refine(query, run.before[i], **run.editor.hopfield)
+            refined = refine(query, run.before[i], **dict(run.editor.config.hopfield))
             torch.testing.assert_close(refined, run.per_edit("refined_query")[i], rtol=1e-5, atol=1e-5)
             scores = run.per_edit("scores_before_add")[i][:, 1:]
             torch.testing.assert_close(refined @ run.before[i].T, scores, rtol=1e-5, atol=1e-5)
 
 
 def test_edits_take_the_branches_that_were_taken(run: Run) -> None:
-    chosen, added = run.per_edit("chosen_key"), run.per_edit("key_added")
+    entries, added = run.per_edit("chosen_key"), run.per_edit("key_added")
     for i in run.clear_edits:
         record = run.records[i]
-        assert record.entry == chosen[i].item() - 1, i
+        assert record.entry == entries[i].item() - 1, i
         assert (record.action != "fine_tuned") == bool(added[i].item()), i
         assert record.steps == 50
     torch.testing.assert_close(run.editor.codebook.keys, run.recorded["final/keys"][1:], rtol=1e-5, atol=1e-5)
@@ -272,7 +268,7 @@ def test_initial_values_train_to_the_recorded_ones(run: Run) -> None:
 
 def test_probes_are_routed_as_recorded(run: Run) -> None:
     editor, recorded = run.editor, run.recorded
-    queries = editor.queries(encode_prompts(editor.tokenizer, run.probes))
+    queries = editor.queries(editor.encoder.prompts(run.probes))
     torch.testing.assert_close(queries, recorded["probe/query"], rtol=1e-5, atol=1e-5)
     matches, clear = editor.match(queries), run.clear_probes
     best = recorded["probe/scores"].amax(dim=1)
@@ -284,7 +280,7 @@ def test_probes_are_routed_as_recorded(run: Run) -> None:
 
 def test_generations_are_the_recorded_tokens(run: Run) -> None:
     editor, generations = run.editor, run.recorded["post/generations"]
-    rows = encode_prompts(editor.tokenizer, run.probes)
+    rows = editor.encoder.prompts(run.probes)
     clear, expected = run.clear_probes.tolist(), recorded_rows(generations)
     batched = cut(greedy_decode(editor.model, rows, [8] * len(rows), pad_id=0), generations)
     assert [row for row, ok in zip(batched, clear, strict=True) if ok] == [

@@ -16,11 +16,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from horen_bench.cases import EditCase, Probe
+from horen_bench.config.compose import run_config
+from horen_bench.editors.wise import compat
 from horen_bench.editors.wise import editor as wise_editor
-from horen_bench.editors.wise import repair
+from horen_bench.editors.wise.config import RepairConfig
+from horen_bench.editors.wise.distillation import divergence
 from horen_bench.editors.wise.repair import RepairEditor
 from horen_bench.editors.wise.training import SideTrained, train_sides
-from horen_bench.prompts import encode_prompts
 
 BASELINES = Path(__file__).parents[2] / "baselines"
 
@@ -28,52 +30,40 @@ BASELINES = Path(__file__).parents[2] / "baselines"
 def published_editor(meta: dict[str, Any]) -> RepairEditor:
     """The editor with the settings that the fixture was recorded under."""
     values = meta["hyperparameters"]
+    released = run_config(["method=repair", "compat=release"]).method.model_dump()
+    side = {
+        "templates": meta["data"]["context_templates"],
+        "learning_rate": values["edit_lr"],
+        "n_steps": values["n_iter"],
+        "act_margin": [values["alpha"], values["beta"], values["gamma"]],
+        "act_ratio": values["act_ratio"],
+        "mask_ratio": values["mask_ratio"],
+        "norm_constraint": values["norm_constraint"],
+        "save_freq": values["save_freq"],
+        "merge_freq": values["merge_freq"],
+        "density": values["densities"],
+        "shards_at_once": 1,
+        "engine": "sequential",
+    }
+    recorded = {
+        "module": "model.layers.2.mlp.down_proj",
+        "act_weight": 1.0,
+        "distill": "logit",
+        "distill_lambda": values["lamda"],
+        "temperature": values["temperature"],
+        "side": {**released["side"], **side},
+    }
     return RepairEditor(
         AutoModelForCausalLM.from_pretrained(BASELINES / "model").requires_grad_(False).eval(),
         AutoTokenizer.from_pretrained(BASELINES / "model"),
+        RepairConfig.model_validate({**released, **recorded}),
         seed=42,
-        module="model.layers.2.mlp.down_proj",
-        mode="released",
-        side={
-            "retrieve": True,
-            "templates": meta["data"]["context_templates"],
-            "learning_rate": values["edit_lr"],
-            "weight_decay": 1e-5,
-            "n_steps": values["n_iter"],
-            "early_stopping": {"loss": 0.02, "change": 1e-4},
-            "act_margin": [values["alpha"], values["beta"], values["gamma"]],
-            "act_ratio": values["act_ratio"],
-            "mask_ratio": values["mask_ratio"],
-            "norm_constraint": values["norm_constraint"],
-            "save_freq": values["save_freq"],
-            "merge_freq": values["merge_freq"],
-            "density": values["densities"],
-            "loc_source": "release",
-            "irrelevant_prompts": None,
-            "add_bias": False,
-            "shards_at_once": 1,
-            "engine": "sequential",
-        },
-        act_weight=1.0,
-        distill="logit",
-        distill_lambda=values["lamda"],
-        temperature=values["temperature"],
-        distill_spread=0.1,
-        consistency=None,
-        error_threshold=0.85,
-        prune_threshold=0.5,
-        prune_noise=0.0,
-        pool_limit=None,
-        max_rounds=1,
-        max_retries=3,
-        max_trainings=10000,
-        loss_sensitivity=1.0,
     )
 
 
-def relative(found: Tensor, expected: Tensor) -> float:
+def relative(ours: Tensor, expected: Tensor) -> float:
     """Largest difference over largest value."""
-    return float((found - expected).abs().max() / expected.abs().max())
+    return float((ours - expected).abs().max() / expected.abs().max())
 
 
 def test_the_released_stream_is_the_recorded_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,33 +75,34 @@ def test_the_released_stream_is_the_recorded_one(monkeypatch: pytest.MonkeyPatch
     terms: list[float] = []
 
     def noting(*args: Any, **kwargs: Any) -> list[SideTrained]:
-        found = train_sides(*args, **kwargs)
-        trained.extend(found)
-        return found
+        results = train_sides(*args, **kwargs)
+        trained.extend(results)
+        return results
 
     def noting_terms(*args: Any) -> Tensor:
         terms.append(plain(*args).item())
         return plain(*args)
 
-    plain = repair.distillation
+    plain = divergence
     monkeypatch.setattr(wise_editor, "train_sides", noting)
-    monkeypatch.setattr(repair, "distillation", noting_terms)
+    monkeypatch.setattr(compat, "divergence", noting_terms)
     for i, item in enumerate(requests):
         terms.clear()
         locality = (Probe(item["locality_prompt"], item["locality_answer"]),)
         editor.edit([EditCase(str(i), item["prompt"], item["target_new"], locality=locality)])
         losses, name = recorded[f"edit{i:02d}/losses"], f"edit{i:02d}"
         assert relative(torch.tensor(trained[i].losses), losses[:, :2]) < 1e-4, i
-        expected = losses[:, 3] / editor.distill_lambda
+        expected = losses[:, 3] / editor.config.distill_lambda
         if terms:
             torch.testing.assert_close(torch.tensor(terms), expected, rtol=1e-4, atol=1e-4)
         else:
             assert expected.abs().max() < 1e-4
         assert relative(trained[i].weight, recorded[f"{name}/side_weight_trained"]) < 1e-4, i
-        assert (editor._teacher is not None) == bool(recorded[f"{name}/teacher_present_after"].item())
+        assert editor.released is not None
+        assert (editor.released.teacher is not None) == bool(recorded[f"{name}/teacher_present_after"].item())
         if f"{name}/memory_min_act" in recorded:
-            found = torch.tensor([memory.activation for memory in editor.memories])
-            torch.testing.assert_close(found, recorded[f"{name}/memory_min_act"], rtol=1e-5, atol=0)
+            lowest = torch.tensor([memory.activation for memory in editor.weights.stored])
+            torch.testing.assert_close(lowest, recorded[f"{name}/memory_min_act"], rtol=1e-5, atol=0)
     choices: list[int] = []
 
     def respond(inputs: Tensor, outputs: Tensor, mask: Tensor) -> Tensor:
@@ -121,7 +112,7 @@ def test_the_released_stream_is_the_recorded_one(monkeypatch: pytest.MonkeyPatch
 
     prompts = [item[kind] for item in requests for kind in ("prompt", "rephrase", "locality_prompt")]
     with editor.hook.responding(respond):
-        for row in encode_prompts(editor.tokenizer, prompts):
+        for row in editor.encoder.prompts(prompts):
             editor.model(torch.tensor([row]))
     # The recording numbers memories from 0 and says -2 for everything else.
     assert [choice - 1 if choice >= 1 else -2 for choice in choices] == recorded["probe/choice"].tolist()

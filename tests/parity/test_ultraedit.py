@@ -12,19 +12,18 @@ from typing import Any
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from horen_bench.cases import EditCase
-from horen_bench.editors.base import EditRecord
+from horen_bench.cases import EditCase, EditRecord
+from horen_bench.config.compose import run_config
+from horen_bench.editors.ultraedit.config import UltraEditConfig
 from horen_bench.editors.ultraedit.editor import Features, RowStatistics, Shape, UltraEditEditor, closed_form
-from horen_bench.evaluation import greedy_decode
-from horen_bench.prompts import encode_prompts, pad
+from horen_bench.evaluation.decoding import greedy_decode
+from horen_bench.prompts import pad
 
-ROOT = Path(__file__).parents[2]
-BASELINES = ROOT / "baselines"
+BASELINES = Path(__file__).parents[2] / "baselines"
 WITH_FEATURES = {"sequential": 0, "batched": 1}  # the turn whose rows were kept in the fixture
 
 
@@ -57,7 +56,7 @@ def run(request: pytest.FixtureRequest) -> Iterator[Run]:
     """Each variant's whole stream, edited once for all tests."""
     folder = BASELINES / "ultraedit" / request.param
     recorded, meta = load_file(folder / "tensors.safetensors"), json.loads((folder / "meta.json").read_text())
-    asked = json.loads((BASELINES / "horen" / "requests.json").read_text())
+    requests = json.loads((BASELINES / "horen" / "requests.json").read_text())
     editor = published_editor(meta["hyperparameters"])
     records: list[EditRecord] = []
     turns: list[Turn] = []
@@ -66,54 +65,50 @@ def run(request: pytest.FixtureRequest) -> Iterator[Run]:
         for ids in meta["data"]["request_ids_per_edit_call"]:
             turns.append(Turn())
             before = {path: weight.clone() for path, weight in editor.pristine.weights.items()}
-            records += editor.edit([EditCase(str(i), asked[i]["prompt"], asked[i]["target_new"]) for i in ids])
+            records += editor.edit([EditCase(str(i), requests[i]["prompt"], requests[i]["target_new"]) for i in ids])
             turns[-1].changes = {path: (editor.pristine.weights[path] - old).T for path, old in before.items()}
-    probes = [item[kind] for item in asked for kind in ("prompt", "rephrase", "locality_prompt")]
+    probes = [item[kind] for item in requests for kind in ("prompt", "rephrase", "locality_prompt")]
     yield Run(request.param, recorded, editor, records, turns, probes)
     editor.detach()
 
 
 def published_editor(published: dict[str, Any]) -> UltraEditEditor:
     """The editor with the settings that a fixture was recorded under."""
-    regimes: Any = OmegaConf.load(ROOT / "conf" / "method" / "ultraedit.yaml").regimes
-    return UltraEditEditor(
-        AutoModelForCausalLM.from_pretrained(BASELINES / "model").requires_grad_(False).eval(),
-        AutoTokenizer.from_pretrained(BASELINES / "model"),
-        seed=0,
-        modules=published["inner_params"],
-        learning_rate=published["lr"],
-        regime="release",
-        regimes=OmegaConf.to_container(regimes),  # type: ignore[arg-type]
-        edits_per_turn=published["batch_size"],
-        micro_batch=published["batch_size_once"],
-        master_weights=False,
-    )
+    settings = {
+        **run_config(["method=ultraedit", "compat=release"]).method.model_dump(),
+        "modules": published["inner_params"],
+        "learning_rate": published["lr"],
+        "edits_per_turn": published["batch_size"],
+        "micro_batch": published["batch_size_once"],
+    }
+    model = AutoModelForCausalLM.from_pretrained(BASELINES / "model").requires_grad_(False).eval()
+    return UltraEditEditor(model, AutoTokenizer.from_pretrained(BASELINES / "model"), UltraEditConfig(**settings))
 
 
 def watch(editor: UltraEditEditor, turns: list[Turn], patch: pytest.MonkeyPatch) -> None:
     """Note what passes between the editor's steps."""
     batch_features, features = editor.batch_features, editor._features
 
-    def noting_batches(samples: Any) -> Any:
-        loss, found = batch_features(samples)
-        turns[-1].ids.append(pad([sample.ids for sample in samples], 0).input_ids)
-        turns[-1].labels.append(editor._labels(samples))
+    def noting_batches(sentences: Any) -> Any:
+        loss, rows = batch_features(sentences)
+        turns[-1].ids.append(pad([sentence.ids for sentence in sentences], 0).input_ids)
+        turns[-1].labels.append(editor._labels(sentences))
         turns[-1].losses.append(loss)
-        turns[-1].features.append(found)
-        return loss, found
+        turns[-1].features.append(rows)
+        return loss, rows
 
-    def noting_statistics(samples: Any) -> Any:
-        found, statistics = features(samples)
+    def noting_statistics(sentences: Any) -> Any:
+        rows, statistics = features(sentences)
         turns[-1].statistics = statistics
-        return found, statistics
+        return rows, statistics
 
     patch.setattr(editor, "batch_features", noting_batches)
     patch.setattr(editor, "_features", noting_statistics)
 
 
-def assert_close(found: Tensor, expected: Tensor, relative: float) -> None:
+def assert_close(ours: Tensor, expected: Tensor, relative: float) -> None:
     """Within a share of the largest element."""
-    torch.testing.assert_close(found, expected, rtol=0, atol=relative * float(expected.abs().max()))
+    torch.testing.assert_close(ours, expected, rtol=0, atol=relative * float(expected.abs().max()))
 
 
 def test_every_case_is_written(run: Run) -> None:
@@ -136,14 +131,14 @@ def test_losses_agree(run: Run) -> None:
 
 def test_inputs_and_gradients_at_all_attended_tokens_agree(run: Run) -> None:
     i = WITH_FEATURES[run.variant]
-    found = [
+    recorded = [
         (kind, run.turns[i].features[int(micro[-1])][path], tensor)
         for name, tensor in run.recorded.items()
         if name.endswith(("/keys", "/values_grad"))
         for _, path, micro, kind in [name.split("/")]
     ]
-    assert len(found) == {"sequential": 6, "batched": 8}[run.variant]
-    for kind, features, expected in found:
+    assert len(recorded) == {"sequential": 6, "batched": 8}[run.variant]
+    for kind, features, expected in recorded:
         assert_close(features.inputs if kind == "keys" else features.gradients, expected, 1e-4)
 
 
@@ -175,7 +170,9 @@ def test_closed_form_from_recorded_rows_gives_the_recorded_shift(run: Run) -> No
         )
         name = f"{prefix}/normalizer/({keys.shape[1]}, {gradients.shape[1]})"
         n, mean, spread = (run.recorded[f"{name}/{part}"] for part in ("n", "mean", "var"))
-        shift = closed_form(Features(keys, gradients), RowStatistics(int(n), mean, spread), run.editor.learning_rate)
+        shift = closed_form(
+            Features(keys, gradients), RowStatistics(int(n), mean, spread), run.editor.config.learning_rate
+        )
         assert_close(shift.left.T @ shift.right, run.recorded[f"{prefix}/{path}/param_shift"], 1e-4)
 
 
@@ -195,11 +192,11 @@ def test_weights_agree_after_the_last_turn(run: Run) -> None:
 
 
 def test_edited_model_has_the_recorded_logits_and_generates_the_recorded_tokens(run: Run) -> None:
-    rows = encode_prompts(run.editor.tokenizer, run.probes)
+    rows = run.editor.encoder.prompts(run.probes)
     batch = pad(rows, 0)
     logits = run.editor.model(batch.input_ids, batch.attention_mask, position_ids=batch.position_ids).logits[:, -1]
     assert_close(logits, run.recorded["post/last_logits"], 1e-3)
     decoded = greedy_decode(run.editor.model, rows, [8] * len(rows), pad_id=0)
-    for said, expected in zip(decoded, run.recorded["post/generations"].tolist(), strict=True):
-        wanted = [token for token in expected if token >= 0]
-        assert said[: len(wanted)] == wanted
+    for ours, padded in zip(decoded, run.recorded["post/generations"].tolist(), strict=True):
+        expected = [token for token in padded if token >= 0]
+        assert ours[: len(expected)] == expected

@@ -13,22 +13,20 @@ from typing import Any
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from horen_bench.cases import EditCase
-from horen_bench.editors.base import EditRecord
-from horen_bench.editors.unke import UnkeEditor
-from horen_bench.editors.unke import editor as unke
-from horen_bench.editors.unke.block import Lesson
-from horen_bench.editors.unke.values import Targets
-from horen_bench.evaluation import greedy_decode
-from horen_bench.prompts import EncodedEdit, encode_prompts
+from horen_bench.cases import EditCase, EditRecord
+from horen_bench.config.compose import run_config
+from horen_bench.editors.unke.block import BlockTarget
+from horen_bench.editors.unke.config import UnkeConfig
+from horen_bench.editors.unke.editor import UnkeEditor
+from horen_bench.editors.unke.values import TrainedOutputs
+from horen_bench.evaluation.decoding import greedy_decode
+from horen_bench.prompts import EncodedEdit, PromptEncoder
 
-ROOT = Path(__file__).parents[2]
-BASELINES = ROOT / "baselines"
+BASELINES = Path(__file__).parents[2] / "baselines"
 
 FIRST, SEQUENCE = 1e-4, 5e-3  # of the largest element, in the first turn and after those before
 
@@ -38,8 +36,8 @@ class Turn:
     """What our run computed in one turn."""
 
     edits: Sequence[EncodedEdit] = ()
-    targets: Targets | None = None
-    lessons: tuple[Lesson, ...] = ()
+    trained: TrainedOutputs | None = None
+    targets: tuple[BlockTarget, ...] = ()
     errors: Tensor = field(default_factory=lambda: torch.empty(0))
     weights: dict[str, Tensor] = field(default_factory=dict)
 
@@ -78,11 +76,11 @@ def run(request: pytest.FixtureRequest) -> Iterator[Run]:
         watch(editor, turns, patch)
         samples, texts = iter(meta["data"]["ex_data_per_edit_call"]), meta["data"]["samples"]
         patch.setattr(editor.texts, "draw", lambda: next(samples))
-        patch.setattr(unke, "encode_edit", joined_as_released)
+        patch.setattr(editor.encoder, "edit", lambda *texts: joined_as_released(editor.encoder, *texts))
         for ids in meta["data"]["samples_per_edit_call"]:
             turns.append(Turn())
             records += editor.edit([EditCase(str(i), texts[i]["question"], texts[i]["answer"]) for i in ids])
-            turns[-1].weights = {name: one.clone() for name, one in editor.pristine.weights.items()}
+            turns[-1].weights = {name: parameter.clone() for name, parameter in editor.pristine.weights.items()}
     yield Run(variant, meta, recorded, editor, records, turns)
     editor.detach()
 
@@ -90,57 +88,54 @@ def run(request: pytest.FixtureRequest) -> Iterator[Run]:
 def published_editor(meta: dict[str, Any], engine: str) -> UnkeEditor:
     """The editor with the settings that a fixture was recorded under."""
     published = meta["hyperparameters"]
-    method: Any = OmegaConf.load(ROOT / "conf" / "method" / "unke.yaml")
-    return UnkeEditor(
-        AutoModelForCausalLM.from_pretrained(BASELINES / "model").requires_grad_(False).eval(),
-        AutoTokenizer.from_pretrained(BASELINES / "model"),
-        seed=0,
-        module=f"model.layers.{published['layers'][0]}",
-        value={
+    released = run_config(["method=unke", "compat=release"]).method.model_dump()
+    recorded = {
+        "module": f"model.layers.{published['layers'][0]}",
+        "value": {
             "n_steps": published["v_num_grad_steps"],
             "learning_rate": published["v_lr"],
             "weight_decay": published["v_weight_decay"],
             "clamp": published["clamp_norm_factor"],
         },
-        block={
-            "n_steps": published["optim_num_step"],
-            "learning_rate": published["lr"],
-            "weight_decay": method.block.weight_decay,
-        },
-        preservation={"corpus": "none.txt", "template": "{} ", "n_texts": published["ex_data_num"], "max_tokens": None},
-        preserve="release_broadcast" if meta["variant"] == "as_released" else "correct",
-        pos_ids="release_cumsum",
-        batch_size=len(meta["data"]["samples_per_edit_call"][0]),
-        master_weights=False,
-        engine=engine,  # type: ignore[arg-type]
+        "block": {**released["block"], "n_steps": published["optim_num_step"], "learning_rate": published["lr"]},
+        "preservation": {**released["preservation"], "n_texts": published["ex_data_num"]},
+        "batch_size": len(meta["data"]["samples_per_edit_call"][0]),
+        "engine": engine,
+    }
+    if meta["variant"] != "as_released":
+        recorded["preserve"] = "correct"
+    return UnkeEditor(
+        AutoModelForCausalLM.from_pretrained(BASELINES / "model").requires_grad_(False).eval(),
+        AutoTokenizer.from_pretrained(BASELINES / "model"),
+        UnkeConfig.model_validate({**released, **recorded}),
     )
 
 
-def joined_as_released(tokenizer: Any, prompt: str, target: str) -> EncodedEdit:
-    """The answer tokenised alone, without its BOS, straight behind the question."""
-    question, answer = encode_prompts(tokenizer, [prompt, target])
-    return EncodedEdit(tuple(question), tuple(answer[answer[0] == tokenizer.bos_token_id :]))
+def joined_as_released(encoder: PromptEncoder, prompt: str, target: str) -> EncodedEdit:
+    """The target tokenised alone, without its BOS, straight behind the prompt."""
+    prompt_ids, target_ids = encoder.prompts([prompt, target])
+    return EncodedEdit(tuple(prompt_ids), tuple(target_ids[target_ids[0] == encoder.tokenizer.bos_token_id :]))
 
 
 def watch(editor: UnkeEditor, turns: list[Turn], patch: pytest.MonkeyPatch) -> None:
     """Note what passes between the editor's steps."""
     target_vectors, train = editor._target_vectors, editor._train
 
-    def noting_targets(edits: Sequence[EncodedEdit]) -> Targets:
-        turns[-1].edits, turns[-1].targets = edits, target_vectors(edits)
-        return turns[-1].targets
+    def noting_targets(edits: Sequence[EncodedEdit]) -> TrainedOutputs:
+        turns[-1].edits, turns[-1].trained = edits, target_vectors(edits)
+        return turns[-1].trained
 
-    def noting_errors(trainees: Any, lessons: Any) -> Tensor:
-        turns[-1].lessons, turns[-1].errors = lessons, train(trainees, lessons)
+    def noting_errors(trainees: Any, targets: Any) -> Tensor:
+        turns[-1].targets, turns[-1].errors = targets, train(trainees, targets)
         return turns[-1].errors
 
     patch.setattr(editor, "_target_vectors", noting_targets)
     patch.setattr(editor, "_train", noting_errors)
 
 
-def assert_close(found: Tensor, expected: Tensor, relative: float) -> None:
+def assert_close(ours: Tensor, expected: Tensor, relative: float) -> None:
     """Within a share of the largest element."""
-    torch.testing.assert_close(found, expected, rtol=0, atol=relative * float(expected.abs().max()))
+    torch.testing.assert_close(ours, expected, rtol=0, atol=relative * float(expected.abs().max()))
 
 
 def per_edit(run: Run) -> list[tuple[Turn, int, str]]:
@@ -158,28 +153,28 @@ def test_token_ids_are_equal(run: Run) -> None:
     for turn, row, name in per_edit(run):
         assert list(turn.edits[row].ids[:-1]) == run.recorded[f"{name}/input_ids"][0].tolist()
     for i, (turn, texts) in enumerate(zip(run.turns, run.meta["data"]["ex_data_per_edit_call"], strict=True)):
-        preserved = encode_prompts(run.editor.tokenizer, texts)
+        preserved = run.editor.encoder.prompts(texts)
         for ids, expected in zip(preserved, run.recorded[f"edit{i:02d}/ex/input_ids"].tolist(), strict=True):
             assert expected == ids + [0] * (len(expected) - len(ids))
-        assert turn.lessons[0].mask.sum(dim=1).tolist() == [len(ids) for ids in preserved]
+        assert turn.targets[0].mask.sum(dim=1).tolist() == [len(ids) for ids in preserved]
 
 
 def test_target_vectors_and_their_losses_agree(run: Run) -> None:
     for turn, row, name in per_edit(run):
-        assert turn.targets is not None
+        assert turn.trained is not None
         losses = run.recorded[f"{name}/losses"][:, 1]
-        assert_close(turn.targets.losses[:, row], losses, FIRST)
-        assert_close(turn.targets.vectors[row], run.recorded[f"{name}/z"], 1e-3)
+        assert_close(turn.trained.losses[:, row], losses, FIRST)
+        assert_close(turn.trained.vectors[row], run.recorded[f"{name}/z"], 1e-3)
 
 
 def test_what_enters_the_block_and_what_must_come_out_agree_in_the_first_turn(run: Run) -> None:
-    preserved, questions = run.turns[0].lessons
-    assert_close(questions.args[0], run.recorded["edit00/layer_in"], 1e-5)
+    preserved, prompts = run.turns[0].targets
+    assert_close(prompts.args[0], run.recorded["edit00/layer_in"], 1e-5)
     if run.variant == "tuple_layers":
         assert_close(preserved.outputs, run.recorded["edit00/stat_out"], 1e-5)
     for row, edit in enumerate(run.turns[0].edits):
-        wanted = questions.outputs[row, len(edit.prompt) - 1]
-        assert_close(wanted, run.recorded[f"edit00/z{row}/z"], 1e-3)
+        vector = prompts.outputs[row, len(edit.prompt) - 1]
+        assert_close(vector, run.recorded[f"edit00/z{row}/z"], 1e-3)
 
 
 def test_errors_of_the_block_agree_at_every_step(run: Run) -> None:
@@ -200,9 +195,9 @@ def test_parameters_agree_after_every_turn(run: Run) -> None:
 
 
 def test_edited_model_generates_the_recorded_tokens(run: Run) -> None:
-    asked = [sample[kind] for sample in run.meta["data"]["samples"] for kind in ("question", "para_question")]
-    rows = encode_prompts(run.editor.tokenizer, asked)
+    texts = [sample[kind] for sample in run.meta["data"]["samples"] for kind in ("question", "para_question")]
+    rows = run.editor.encoder.prompts(texts)
     decoded = greedy_decode(run.editor.model, rows, [24] * len(rows), pad_id=0)
-    for said, expected in zip(decoded, run.recorded["post/generations"].tolist(), strict=True):
-        wanted = [token for token in expected if token >= 0]
-        assert list(said[: len(wanted)]) == wanted
+    for ids, expected in zip(decoded, run.recorded["post/generations"].tolist(), strict=True):
+        recorded = [token for token in expected if token >= 0]
+        assert list(ids[: len(recorded)]) == recorded

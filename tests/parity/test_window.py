@@ -17,16 +17,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from horen_bench.cases import EditCase
+from horen_bench.cases import EditCase, EditRecord
+from horen_bench.config.compose import run_config
 from horen_bench.editors.alphaedit.editor import AlphaEditEditor
-from horen_bench.editors.base import EditRecord
 from horen_bench.editors.locate_edit.requests import request_of, rows_of
-from horen_bench.editors.locate_edit.target_vector import Hidden, Reading
+from horen_bench.editors.locate_edit.target_vector import PerturbedModel, TargetVectors
 from horen_bench.editors.locate_edit.window import WindowEditor
-from horen_bench.editors.memit.editor import MemitEditor
 from horen_bench.editors.shared.second_moments import SecondMoment, second_moments
-from horen_bench.evaluation import greedy_decode
-from horen_bench.prompts import encode_prompts
+from horen_bench.evaluation.decoding import greedy_decode
 
 BASELINES = Path(__file__).parents[2] / "baselines"
 MODULES = {1: "model.layers.1.mlp.down_proj", 2: "model.layers.2.mlp.down_proj"}
@@ -50,10 +48,10 @@ class Run:
     method: str
     recorded: dict[str, Tensor]
     calls: list[list[int]]
-    editor: WindowEditor
-    asked: list[dict[str, Any]]
+    editor: WindowEditor[Any]
+    requests: list[dict[str, Any]]
     records: list[EditRecord] = field(default_factory=list)
-    hidden: list[Hidden] = field(default_factory=list)
+    vectors: list[TargetVectors] = field(default_factory=list)
     written: list[list[Written]] = field(default_factory=list)
     weights: list[dict[str, Tensor]] = field(default_factory=list)
     moments: list[list[Tensor]] = field(default_factory=list)
@@ -68,41 +66,43 @@ def case_of(i: int, item: dict[str, Any]) -> EditCase:
     return EditCase(str(i), item["prompt"], item["target_new"], item["subject"])
 
 
-def relative(found: Tensor, expected: Tensor) -> float:
+def relative(ours: Tensor, expected: Tensor) -> float:
     """Largest difference over largest value."""
-    return float((found - expected).abs().max() / expected.abs().max())
+    return float((ours - expected).abs().max() / expected.abs().max())
 
 
-def published_editor(method: str, meta: dict[str, Any], engine: Any, folder: Path) -> WindowEditor:
-    values, groups = meta["hyperparameters"], meta["data"]["context_templates"]
-    model = AutoModelForCausalLM.from_pretrained(BASELINES / "model").requires_grad_(False).eval()
-    settings: dict[str, Any] = {
-        "seed": 0,
+def published_editor(method: str, meta: dict[str, Any], engine: str, folder: Path) -> WindowEditor[Any]:
+    published, groups = meta["hyperparameters"], meta["data"]["context_templates"]
+    config = run_config([f"method={method}", "compat=release"]).method
+    own = {
+        "memit": {"moment_weight": published.get("mom2_update_weight")},
+        "alphaedit": {"nullspace_threshold": published.get("nullspace_threshold"), "l2": published.get("L2")},
+    }
+    settings = {
+        **config.model_dump(),
+        **own[method],
         "modules": list(MODULES.values()),
         "hidden": {
-            "n_steps": values["v_num_grad_steps"],
-            "learning_rate": values["v_lr"],
-            "weight_decay": values["v_weight_decay"],
-            "clamp": values["clamp_norm_factor"],
-            "kl": values["kl_factor"],
+            "n_steps": published["v_num_grad_steps"],
+            "learning_rate": published["v_lr"],
+            "weight_decay": published["v_weight_decay"],
+            "clamp": published["clamp_norm_factor"],
+            "kl": published["kl_factor"],
         },
         "statistics": {
             "corpus": str(BASELINES / "rome" / "stats_texts.json"),
-            "n_texts": values["mom2_n_samples"],
+            "n_texts": published["mom2_n_samples"],
             "max_length": 128,
-            "dtype": "float32",
             "folder": str(folder),
         },
-        "context_lengths": [],
         "contexts": [[text.removesuffix("{}") for text in group] for group in groups],
         "batch_size": len(meta["data"]["request_ids_per_edit_call"][0]),
         "engine": engine,
     }
+    model = AutoModelForCausalLM.from_pretrained(BASELINES / "model").requires_grad_(False).eval()
     tokenizer = AutoTokenizer.from_pretrained(BASELINES / "model")
-    if method == "memit":
-        return MemitEditor(model, tokenizer, **settings, moment_weight=values["mom2_update_weight"], ridge=0.0)
-    threshold, l2 = values["nullspace_threshold"], values["L2"]
-    return AlphaEditEditor(model, tokenizer, **settings, nullspace_threshold=threshold, l2=l2)
+    editor: WindowEditor[Any] = config.editor_class()(model, tokenizer, type(config)(**settings))
+    return editor
 
 
 @pytest.fixture(scope="module")
@@ -118,34 +118,34 @@ def run(
     method, size, engine = request.param
     folder = BASELINES / method / size
     meta = json.loads((folder / "meta.json").read_text())
-    asked = json.loads((BASELINES / method / "requests.json").read_text())
+    requests = json.loads((BASELINES / method / "requests.json").read_text())
     editor = published_editor(method, meta, engine, tmp_path_factory.mktemp("statistics"))
     calls = meta["data"]["request_ids_per_edit_call"]
-    found = Run(method, load_file(folder / "tensors.safetensors"), calls, editor, asked)
+    stream = Run(method, load_file(folder / "tensors.safetensors"), calls, editor, requests)
     write, update = editor._write, editor._update
 
-    def noting(rows: Any, reading: Reading, hidden: Hidden) -> None:
-        found.hidden.append(hidden)
-        found.written.append([])
-        write(rows, reading, hidden)
+    def noting(rows: Any, model: PerturbedModel, vectors: TargetVectors) -> None:
+        stream.vectors.append(vectors)
+        stream.written.append([])
+        write(rows, model, vectors)
 
     def noting_update(path: str, keys: Tensor, residual: Tensor) -> Tensor:
         change = update(path, keys, residual)
-        found.written[-1].append(Written(path, keys, residual, change))
+        stream.written[-1].append(Written(path, keys, residual, change))
         return change
 
     with pytest.MonkeyPatch.context() as patch:
         if method == "memit":
             # The published code estimated layer 2's moment at its first use, after layer 1 was changed (CARD.md).
-            means = {MODULES[1]: moment_of_layer_1, MODULES[2]: found.recorded[f"cov/{MODULES[2]}"]}
+            means = {MODULES[1]: moment_of_layer_1, MODULES[2]: stream.recorded[f"cov/{MODULES[2]}"]}
             moments = {path: SecondMoment(mean, 1) for path, mean in means.items()}
-            patch.setattr("horen_bench.editors.memit.editor.second_moments", lambda *_: moments)
+            patch.setattr(editor, "_moments", lambda: moments)
         patch.setattr(editor, "_write", noting)
         patch.setattr(editor, "_update", noting_update)
         for ids in calls:
-            found.records += editor.edit([case_of(i, asked[i]) for i in ids])
-            found.weights.append({path: weight.detach().clone() for path, weight in editor.pristine.weights.items()})
-    yield found
+            stream.records += editor.edit([case_of(i, requests[i]) for i in ids])
+            stream.weights.append({path: weight.detach().clone() for path, weight in editor.pristine.weights.items()})
+    yield stream
     editor.detach()
 
 
@@ -158,14 +158,14 @@ def alphaedit(run: Run) -> AlphaEditEditor:
 
 
 def test_every_request_is_written(run: Run) -> None:
-    assert [record.problem for record in run.records] == [None] * len(run.asked)
+    assert [record.problem for record in run.records] == [None] * len(run.requests)
 
 
 def test_second_moments_are_the_recorded_ones(run: Run, moment_of_layer_1: Tensor) -> None:
     """MEMIT's of layer 1 only; its recorded one of layer 2 was estimated on an edited model."""
     editor = run.editor
     fresh = AutoModelForCausalLM.from_pretrained(BASELINES / "model").requires_grad_(False)
-    moments = second_moments(fresh, editor.tokenizer, editor.modules, editor.recipe)
+    moments = second_moments(fresh, editor.encoder, editor.config.modules, editor.config.statistics)
     assert relative(moments[MODULES[1]].mean, moment_of_layer_1) < 1e-5
     if run.method == "alphaedit":
         rows = recorded_projectors()[f"cov/{MODULES[2]}"]
@@ -185,12 +185,12 @@ def test_projectors_are_the_recorded_ones(alphaedit: AlphaEditEditor) -> None:
 
 
 def test_rows_hold_the_recorded_tokens(run: Run) -> None:
-    tokenizer, contexts = run.editor.tokenizer, run.editor.contexts
+    encoder, contexts = run.editor.encoder, run.editor.contexts
     assert contexts is not None
     for k, i in enumerate(run.calls[0]):
         ids, at = run.recorded[f"edit00/z{k}/input_ids"], run.recorded[f"edit00/z{k}/lookup_idxs"]
         labels = run.recorded[f"edit00/z{k}/rewriting_targets"]
-        rows = rows_of(tokenizer, [request_of(tokenizer, case_of(i, run.asked[i]))], contexts)
+        rows = rows_of(encoder, [request_of(encoder, case_of(i, run.requests[i]))], contexts)
         assert len(rows) == len(ids)
         for j, row in enumerate(rows):
             assert list(row.ids) == ids[j, : len(row.ids)].tolist()
@@ -199,17 +199,17 @@ def test_rows_hold_the_recorded_tokens(run: Run) -> None:
                 assert list(row.labels) == [label for label in labels[j].tolist() if label != -100]
 
 
-def test_hidden_vectors_and_their_losses_agree(run: Run) -> None:
+def test_target_vectors_and_their_losses_agree(run: Run) -> None:
     for i, ids in enumerate(run.calls):
         for k in range(len(ids)):
             recorded = {
                 name: run.recorded[f"edit{i:02d}/z{k}/{name}"] for name in ("target_init", "delta", "z", "losses")
             }
-            hidden = run.hidden[i]
-            assert relative(hidden.initial[k], recorded["target_init"]) < 1e-3
-            assert relative(hidden.delta[k], recorded["delta"]) < 1e-3
-            assert relative(hidden.target[k], recorded["z"]) < 1e-3
-            ours = torch.tensor(hidden.losses[k])
+            vectors = run.vectors[i]
+            assert relative(vectors.initial[k], recorded["target_init"]) < 1e-3
+            assert relative(vectors.delta[k], recorded["delta"]) < 1e-3
+            assert relative(vectors.target[k], recorded["z"]) < 1e-3
+            ours = torch.tensor(vectors.losses[k])
             assert ours.shape == recorded["losses"].shape
             assert relative(ours, recorded["losses"]) < 1e-3
 
@@ -217,12 +217,12 @@ def test_hidden_vectors_and_their_losses_agree(run: Run) -> None:
 def test_keys_residuals_and_updates_agree(run: Run) -> None:
     for layer, path in MODULES.items():
         for i, keys in run.turns(f"layer{layer}/ks"):
-            (written,) = [one for one in run.written[i] if one.path == path]
+            (written,) = [change for change in run.written[i] if change.path == path]
             assert relative(written.keys.T, keys) < 1e-3
             assert relative(written.residual.T, run.recorded[f"edit{i:02d}/layer{layer}/resid"]) < 1e-3
-        for i, change in run.turns(f"layer{layer}/upd_matrix"):
-            (written,) = [one for one in run.written[i] if one.path == path]
-            assert relative(written.update, change) < 1e-3
+        for i, update in run.turns(f"layer{layer}/upd_matrix"):
+            (written,) = [change for change in run.written[i] if change.path == path]
+            assert relative(written.update, update) < 1e-3
 
 
 def test_weights_agree(run: Run) -> None:
@@ -241,8 +241,8 @@ def test_key_memory_agrees(run: Run, alphaedit: AlphaEditEditor) -> None:
 
 
 def test_generations_are_the_recorded_tokens(run: Run) -> None:
-    prompts = [item[kind] for item in run.asked for kind in ("prompt", "rephrase", "locality_prompt")]
-    rows = encode_prompts(run.editor.tokenizer, prompts)
+    prompts = [item[kind] for item in run.requests for kind in ("prompt", "rephrase", "locality_prompt")]
+    rows = run.editor.encoder.prompts(prompts)
     last = torch.stack([run.editor.model(torch.tensor([row])).logits[0, -1] for row in rows])
     assert relative(last, run.recorded["post/last_logits"]) < 1e-3
     expected = [[token for token in row if token != -1] for row in run.recorded["post/generations"].tolist()]

@@ -16,15 +16,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from horen_bench.cases import EditCase, Probe
-from horen_bench.editors.base import EditRecord
-from horen_bench.editors.wise import WiseEditor
+from horen_bench.cases import EditCase, EditRecord, Probe
+from horen_bench.config.compose import run_config
 from horen_bench.editors.wise import editor as wise_editor
+from horen_bench.editors.wise.config import WiseConfig
+from horen_bench.editors.wise.editor import WiseEditor
 from horen_bench.editors.wise.merging import ties
 from horen_bench.editors.wise.routing import Memory, Routed
 from horen_bench.editors.wise.rows import TrainingRows
 from horen_bench.editors.wise.training import SideEdit, SideTrained, train_sides
-from horen_bench.prompts import encode_edit, encode_prompts
 
 BASELINES = Path(__file__).parents[2] / "baselines"
 VARIANTS = [("retrieve", "cached"), ("retrieve", "sequential"), ("merge", "cached")]
@@ -48,8 +48,8 @@ class Run:
 
 
 def requests() -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = json.loads((BASELINES / "wise" / "requests.json").read_text())
-    return found
+    items: list[dict[str, Any]] = json.loads((BASELINES / "wise" / "requests.json").read_text())
+    return items
 
 
 def fixture_of(variant: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -60,29 +60,28 @@ def fixture_of(variant: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def published_editor(meta: dict[str, Any], engine: Any) -> WiseEditor:
     """The editor with the settings that a fixture was recorded under."""
     values = meta["hyperparameters"]
+    recorded = {
+        "module": "model.layers.2.mlp.down_proj",
+        "retrieve": values["retrieve"],
+        "templates": meta["data"]["context_templates"],
+        "learning_rate": values["edit_lr"],
+        "n_steps": values["n_iter"],
+        "act_margin": [values["alpha"], values["beta"], values["gamma"]],
+        "act_ratio": values["act_ratio"],
+        "mask_ratio": values["mask_ratio"],
+        "norm_constraint": values["norm_constraint"],
+        "save_freq": values["save_freq"],
+        "merge_freq": values["merge_freq"],
+        "density": values["densities"],
+        "shards_at_once": 1,
+        "engine": engine,
+    }
+    released = run_config(["method=wise", "compat=release"]).method.model_dump()
     return WiseEditor(
         AutoModelForCausalLM.from_pretrained(BASELINES / "model").requires_grad_(False).eval(),
         AutoTokenizer.from_pretrained(BASELINES / "model"),
+        WiseConfig.model_validate({**released, **recorded}),
         seed=42,
-        module="model.layers.2.mlp.down_proj",
-        retrieve=values["retrieve"],
-        templates=meta["data"]["context_templates"],
-        learning_rate=values["edit_lr"],
-        weight_decay=1e-5,
-        n_steps=values["n_iter"],
-        early_stopping={"loss": 0.02, "change": 1e-4},
-        act_margin=[values["alpha"], values["beta"], values["gamma"]],
-        act_ratio=values["act_ratio"],
-        mask_ratio=values["mask_ratio"],
-        norm_constraint=values["norm_constraint"],
-        save_freq=values["save_freq"],
-        merge_freq=values["merge_freq"],
-        density=values["densities"],
-        loc_source="release",
-        irrelevant_prompts=None,
-        add_bias=False,
-        shards_at_once=1,
-        engine=engine,
     )
 
 
@@ -95,26 +94,27 @@ def run(request: pytest.FixtureRequest) -> Iterator[Run]:
     noted = Run(recorded, editor, [], [], [], [], [], [])
 
     def noting(edits: Sequence[SideEdit], **kwargs: Any) -> list[SideTrained]:
-        found = train_sides(edits, **kwargs)
+        trained = train_sides(edits, **kwargs)
         noted.rows.extend(edit.rows for edit in edits)
         noted.masks.extend(edit.mask for edit in edits)
-        noted.trained.extend(found)
-        noted.lowest.extend(min(editor._lowest, one.activation) for one in found)
-        return found
+        noted.trained.extend(trained)
+        noted.lowest.extend(min(editor.weights.lowest, result.activation) for result in trained)
+        return trained
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(wise_editor, "train_sides", noting)
         for i, item in enumerate(requests()):
             locality = (Probe(item["locality_prompt"], item["locality_answer"]),)
             noted.records.extend(editor.edit([EditCase(str(i), item["prompt"], item["target_new"], locality=locality)]))
-            noted.after.append([*editor.memories, *([editor.merged] if editor.merged else [])])
+            merged = editor.weights.merged
+            noted.after.append([*editor.weights.stored, *([merged] if merged else [])])
     yield noted
     editor.detach()
 
 
-def relative(found: Tensor, expected: Tensor) -> float:
+def relative(ours: Tensor, expected: Tensor) -> float:
     """Largest difference over largest value."""
-    return float((found - expected).abs().max() / expected.abs().max())
+    return float((ours - expected).abs().max() / expected.abs().max())
 
 
 # --- One function at a time, fed with what was recorded ------------------------------------------------
@@ -177,8 +177,8 @@ def test_smallest_activations_agree(run: Run) -> None:
     for i, memories in enumerate(run.after):
         key = f"edit{i:02d}/memory_min_act"
         if key in run.recorded:
-            found = torch.tensor([memory.activation for memory in memories])
-            torch.testing.assert_close(found, run.recorded[key], rtol=1e-5, atol=0)
+            lowest = torch.tensor([memory.activation for memory in memories])
+            torch.testing.assert_close(lowest, run.recorded[key], rtol=1e-5, atol=0)
 
 
 def test_merged_weights_agree_but_for_single_elements(run: Run) -> None:
@@ -196,26 +196,27 @@ def probes(kinds: tuple[str, ...]) -> list[str]:
 
 def forced_ids(run: Run) -> list[tuple[int, ...]]:
     pairs = [(item[kind], item["target_new"]) for item in requests() for kind in ("prompt", "rephrase")]
-    return [encode_edit(run.editor.tokenizer, *pair).ids for pair in pairs]
+    return [run.editor.encoder.edit(*pair).ids for pair in pairs]
 
 
 def routed(run: Run, ids: list[list[int]] | list[tuple[int, ...]]) -> tuple[Tensor, Tensor]:
     """Choices and scores, one sequence a call."""
-    found: list[Routed] = []
+    decisions: list[Routed] = []
 
     def respond(inputs: Tensor, outputs: Tensor, mask: Tensor) -> Tensor:
-        found.append(run.editor.routed(inputs, outputs, mask))
-        return found[-1].outputs
+        decisions.append(run.editor.routed(inputs, outputs, mask))
+        return decisions[-1].outputs
 
     with run.editor.hook.responding(respond):
         for row in ids:
             run.editor.model(torch.tensor([row]))
-    return torch.cat([one.choices for one in found]), torch.cat([one.scores for one in found])
+    choices = torch.cat([decision.choices for decision in decisions])
+    return choices, torch.cat([decision.scores for decision in decisions])
 
 
 @pytest.mark.parametrize("kind", ["probe", "teacher_forced"])
 def test_sequences_are_routed_as_recorded(run: Run, kind: str) -> None:
-    bare = encode_prompts(run.editor.tokenizer, probes(("prompt", "rephrase", "locality_prompt")))
+    bare = run.editor.encoder.prompts(probes(("prompt", "rephrase", "locality_prompt")))
     choices, scores = routed(run, bare if kind == "probe" else forced_ids(run))
     expected = run.recorded[f"{kind}/activation"]
     torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-4)
@@ -234,7 +235,7 @@ def test_teacher_forced_predictions_are_the_recorded_ones(run: Run) -> None:
 @pytest.mark.parametrize("cache", [True, False], ids=["cache", "nocache"])
 def test_generations_are_the_recorded_tokens(run: Run, cache: bool) -> None:
     generate = getattr(run.editor.model, "generate")  # noqa: B009 - its type is not declared
-    rows = encode_prompts(run.editor.tokenizer, probes(("prompt", "rephrase", "locality_prompt")))
+    rows = run.editor.encoder.prompts(probes(("prompt", "rephrase", "locality_prompt")))
     recorded = run.recorded[f"post/generations_{'cache' if cache else 'nocache'}"]
     for i, (row, expected) in enumerate(zip(rows, recorded.tolist(), strict=True)):
         output = generate(torch.tensor([row]), max_new_tokens=8, do_sample=False, use_cache=cache)

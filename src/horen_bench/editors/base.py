@@ -2,82 +2,57 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Generic, TypeVar
 
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from horen_bench.cases import EditCase
-from horen_bench.errors import UserError
+from horen_bench.cases import EditCase, EditRecord, Route
+from horen_bench.config.schema import MethodConfig
+from horen_bench.prompts import PromptEncoder
 
-Action = Literal["inserted", "fine_tuned", "conflict", "failed"]
-
-
-@dataclass(frozen=True, slots=True)
-class Route:
-    """What a memory editor's router decided for one prompt.
-
-    Attributes:
-        entry: index of the best entry, or None while the memory is empty.
-        score: its score as the method has it (HoReN: inner product or cosine; GRACE: Euclidean distance); NaN while
-            the memory is empty.
-        matched: whether the score passes the method's threshold, so that the entry acts.
-        version: changes whenever the entry's value is written.
-    """
-
-    entry: int | None
-    score: float
-    matched: bool
-    version: int = 0
+ConfigT = TypeVar("ConfigT", bound=MethodConfig)
 
 
-@dataclass(frozen=True, slots=True)
-class EditRecord:
-    """What happened to one case.
-
-    Attributes:
-        case_id: the case.
-        action: `inserted` (a new entry), `conflict` (a new entry beside a matching one with another
-            label), `fine_tuned` (an old entry trained further), `failed` (nothing was written).
-        entry: the entry that now holds the edit; None where the method has no entries or it failed.
-        route: the router's decision before anything was written.
-        loss: mean token cross-entropy in nats of the written value; NaN where nothing was trained.
-        steps: optimiser steps taken.
-        seconds: wall time of this case.
-        problem: one sentence where something went wrong, else None.
-    """
-
-    case_id: str
-    action: Action
-    entry: int | None
-    route: Route | None
-    loss: float
-    steps: int
-    seconds: float
-    problem: str | None = None
-
-
-class Editor(ABC):
+class Editor(ABC, Generic[ConfigT]):
     """One editing method bound to one model.
 
     `edit` may batch, cache and parallelise as it likes, but the state after `edit(a); edit(b)` equals the
     state after `edit(a + b)`. Between calls `model` is an ordinary Hugging Face model that shows the
     edits to `model(...)` and `model.generate(...)` alike.
 
+    Args:
+        model: a causal language model.
+        tokenizer: its tokenizer, or an encoder of prompts under a template.
+        config: the method's settings.
+        seed: of whatever the method draws.
+
     Attributes:
         model: the edited model.
-        release_mode: how the published evaluation scores this method (`protocol=release`).
-        needs_subject: whether a case without a subject cannot be written.
+        encoder: turns prompts into token ids.
+        config: the method's settings.
         slice_size: how many cases the editor likes to get at once.
+
+    Raises:
+        UserError: the model lacks a module that the settings name.
     """
 
-    model: PreTrainedModel
-    release_mode: ClassVar[Literal["generate", "teacher_forced"]] = "teacher_forced"
-    needs_subject: ClassVar[bool] = False
     slice_size: int = 1
 
-    def expect(self, cases: Sequence[EditCase]) -> None:  # noqa: B027 - most methods take any cases
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | PromptEncoder,
+        config: ConfigT,
+        *,
+        seed: int = 0,
+    ) -> None:
+        self.model = model
+        self.encoder = PromptEncoder.of(tokenizer)
+        self.config = config
+        self.seed = seed
+
+    def expect(self, cases: Sequence[EditCase]) -> None:
         """Hear of the whole stream before its first edit; changes nothing.
 
         Raises:
@@ -88,8 +63,8 @@ class Editor(ABC):
     def edit(self, cases: Sequence[EditCase]) -> list[EditRecord]:
         """Write the cases on top of the earlier ones, as if one by one and in order."""
 
-    def settle(self) -> None:  # noqa: B027 - most methods write at once
-        """Write what still waits for later cases; called before the model is questioned."""
+    def flush(self) -> None:
+        """Write what still waits for later cases; called before the model is evaluated."""
 
     @abstractmethod
     def state_dict(self) -> dict[str, Tensor]:
@@ -122,14 +97,3 @@ class Editor(ABC):
     def warnings(self) -> list[str]:
         """Sentences that whoever reads the result must know."""
         return []
-
-
-def check_choice(where: str, value: str, allowed: Sequence[str]) -> None:
-    """Refuse a setting, named in full (`method.engine`), whose value is none of those allowed.
-
-    Raises:
-        UserError: the sentence.
-    """
-    if value not in allowed:
-        *others, last = (f"'{choice}'" for choice in allowed)
-        raise UserError(f"{where} must be {', '.join(others)} or {last}, got '{value}'")

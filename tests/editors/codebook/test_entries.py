@@ -23,9 +23,9 @@ def filled(n: int) -> Codebook:
     return codebook
 
 
-def assert_same(found: Codebook, expected: Codebook) -> None:
+def assert_same(codebook: Codebook, expected: Codebook) -> None:
     state = expected.state_dict()
-    assert [name for name, tensor in found.state_dict().items() if not torch.equal(tensor, state[name])] == []
+    assert [name for name, tensor in codebook.state_dict().items() if not torch.equal(tensor, state[name])] == []
 
 
 def test_growing_past_its_capacity_keeps_every_entry() -> None:

@@ -7,11 +7,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from horen_bench.editors.codebook.adaptors import Adaptor, LoraAdaptor, VectorAdaptor
-from horen_bench.editors.codebook.parallel import Job, train_values
-from horen_bench.editors.codebook.training import EarlyStopping, Schedule, Trained, train_value
+from horen_bench.editors.codebook.config import EarlyStopping
+from horen_bench.editors.codebook.parallel import train_values
+from horen_bench.editors.codebook.training import Schedule, TrainedValue, ValueJob, train_value
 from horen_bench.models.partial import UpperLayers
 from horen_bench.prompts import EncodedEdit
 
@@ -32,35 +34,36 @@ def upper() -> UpperLayers:
         initializer_range=0.3,
     )
     model = LlamaForCausalLM(config).eval().requires_grad_(False)
-    return UpperLayers(model, model.get_submodule("model.layers.1.mlp.down_proj"), 1)
+    return UpperLayers(model, "model.layers.1.mlp.down_proj")
 
 
-def _jobs(n: int, adaptor: Adaptor) -> list[Job]:
+def _jobs(n: int, adaptor: Adaptor) -> list[ValueJob]:
     generator = torch.Generator().manual_seed(1)
 
     def tokens(length: int) -> tuple[int, ...]:
         return tuple(torch.randint(0, 61, (length,), generator=generator).tolist())
 
     edits = [EncodedEdit(tokens(1 + i % 7), tokens(1 + i % 3)) for i in range(n)]
-    return [Job(i, edit, adaptor.initial(generator)) for i, edit in enumerate(edits)]
+    return [ValueJob(i, edit, adaptor.initial(generator)) for i, edit in enumerate(edits)]
 
 
-def _alone(job: Job, upper: UpperLayers, adaptor: Adaptor, schedule: Schedule) -> Trained:
+def _alone(job: ValueJob, upper: UpperLayers, adaptor: Adaptor, schedule: Schedule) -> TrainedValue:
     states = upper.prepare([job.edit])
 
     def loss_of(value: dict[str, Tensor]) -> Tensor:
-        one = {name: tensor[None] for name, tensor in value.items()}
-        return upper.losses(states, adaptor.added(one, states.module_output))[0]
+        row = {name: tensor[None] for name, tensor in value.items()}
+        return upper.losses(states, adaptor.added(row, states.module_output))[0]
 
     return train_value(job.start, loss_of, schedule)
 
 
 def _together(
-    jobs: Sequence[Job], upper: UpperLayers, adaptor: Adaptor, schedule: Schedule, size: int
-) -> list[Trained]:
-    found = {job.position: trained for job, trained in train_values(jobs, upper, adaptor.added, schedule, size)}
-    assert sorted(found) == list(range(len(jobs))), "every job is yielded once"
-    return [found[i] for i in range(len(jobs))]
+    jobs: Sequence[ValueJob], upper: UpperLayers, adaptor: Adaptor, schedule: Schedule, size: int
+) -> list[TrainedValue]:
+    results = [(job.position, trained) for job, trained in train_values(jobs, upper, adaptor.added, schedule, size)]
+    assert sorted(position for position, _ in results) == list(range(len(jobs))), "every job is yielded once"
+    by_position = dict(results)
+    return [by_position[i] for i in range(len(jobs))]
 
 
 @pytest.mark.parametrize("batch_size", [1, 5, 64])
@@ -96,7 +99,7 @@ def test_a_value_that_breaks_is_reported_and_does_not_touch_its_neighbours(upper
     adaptor = VectorAdaptor(32, 0.5)
     schedule = Schedule(0.5, 10, _PAPER)
     jobs = _jobs(4, adaptor)
-    broken = Job(2, jobs[2].edit, {"vector": torch.full((32,), math.nan)})
+    broken = ValueJob(2, jobs[2].edit, {"vector": torch.full((32,), math.nan)})
     together = _together([*jobs[:2], broken, jobs[3]], upper, adaptor, schedule, 8)
     assert [trained.finite for trained in together] == [True, True, False, True]
     for i in (0, 1, 3):
@@ -121,10 +124,62 @@ def test_a_batch_that_does_not_fit_is_halved_and_nothing_is_lost(
         return fitting(self, states, added)
 
     monkeypatch.setattr(UpperLayers, "losses", losses)
-    for one, other in zip(_together(jobs, upper, adaptor, schedule, 11), expected, strict=True):
-        assert one.steps == other.steps
-        torch.testing.assert_close(one.value["vector"], other.value["vector"], rtol=1e-3, atol=1e-3)
+    for ours, theirs in zip(_together(jobs, upper, adaptor, schedule, 11), expected, strict=True):
+        assert ours.steps == theirs.steps
+        torch.testing.assert_close(ours.value["vector"], theirs.value["vector"], rtol=1e-3, atol=1e-3)
     assert sizes[:3] == [11, 5, 2], "halved until it fits"
+
+
+@pytest.mark.parametrize("call", range(1, 30, 4))
+def test_what_is_trained_already_is_not_trained_again_after_memory_ran_out(
+    upper: UpperLayers, monkeypatch: pytest.MonkeyPatch, call: int
+) -> None:
+    """Memory runs out once, at any step: in the first round, in a later one, with finished rows still in the batch."""
+    adaptor = VectorAdaptor(32, 0.5)
+    schedule = Schedule(0.5, 12, EarlyStopping(loss_bound=2.0, patience=3))
+    jobs = _jobs(20, adaptor)
+    expected = _together(jobs, upper, adaptor, schedule, 8)
+    fitting = UpperLayers.losses
+    calls = 0
+
+    def losses(self: UpperLayers, states: Any, added: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            raise torch.OutOfMemoryError("no more memory")
+        return fitting(self, states, added)
+
+    monkeypatch.setattr(UpperLayers, "losses", losses)
+    yielded = list(train_values(jobs, upper, adaptor.added, schedule, 8))
+    assert calls > call, "memory did run out"
+    assert sorted(job.position for job, _ in yielded) == list(range(len(jobs)))
+    for job, trained in yielded:
+        assert trained.steps == expected[job.position].steps
+        assert trained.losses == pytest.approx(expected[job.position].losses, rel=1e-3)
+
+
+class _Waits(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own
+    """Counts operations for which the host waits for a GPU: a number read, a shape that depends on values."""
+
+    n = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.n += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+        return func(*args, **(kwargs or {}))
+
+
+def test_further_steps_read_no_single_number_and_count_nothing(upper: UpperLayers) -> None:
+    """What a step decides is read as one table at its end, so that a GPU is waited for once."""
+    adaptor = VectorAdaptor(32, 0.5)
+    jobs = _jobs(6, adaptor)
+
+    def waits(n_steps: int) -> int:
+        schedule = Schedule(0.5, n_steps, EarlyStopping(loss_bound=1e-9, patience=99))
+        with _Waits() as mode:  # type: ignore[no-untyped-call]
+            list(train_values(jobs, upper, adaptor.added, schedule, 8))
+        return int(mode.n)
+
+    assert waits(2) == waits(9)
 
 
 def test_a_single_edit_that_does_not_fit_is_an_error(upper: UpperLayers, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,7 +204,7 @@ def test_finished_rows_make_room_for_the_next_edits(upper: UpperLayers, monkeypa
     monkeypatch.setattr(UpperLayers, "losses", losses)
     # The bound lets a job stop at once or never, so rows leave at very different times.
     jobs = _jobs(40, adaptor)
-    _together(jobs, upper, adaptor, Schedule(0.5, 30, EarlyStopping(2.0, 30)), 8)
+    _together(jobs, upper, adaptor, Schedule(0.5, 30, EarlyStopping(loss_bound=2.0, patience=30)), 8)
     assert max(sizes) == 8
     in_the_middle = sizes[: -len(sizes) // 4]
     assert sum(in_the_middle) / len(in_the_middle) > 4, "the batch stays more than half full while there are jobs"

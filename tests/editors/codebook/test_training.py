@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from horen_bench.editors.codebook.training import EarlyStopping, Schedule, Value, edit_loss, train_value
+from horen_bench.editors.codebook.config import EarlyStopping
+from horen_bench.editors.codebook.training import Schedule, Value, edit_loss, train_value, waves
 from horen_bench.models.prompt_hook import PromptHook
-from horen_bench.prompts import encode_edit
+from horen_bench.prompts import PromptEncoder
 
 # Adam on a loss of slope 1 moves by its learning rate at each step: 10, 9, 8, ... at learning rate 1.
 START = {"x": torch.tensor([10.0])}
@@ -120,7 +121,7 @@ def test_every_training_starts_with_a_fresh_optimizer_and_leaves_its_start_alone
 def test_the_edit_loss_is_the_mean_surprise_of_the_target_tokens(
     golden_model: PreTrainedModel, golden_tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    edit = encode_edit(golden_tokenizer, "Who founded Brightwater?", "Lucan Vey")
+    edit = PromptEncoder(golden_tokenizer).edit("Who founded Brightwater?", "Lucan Vey")
     surprise = golden_model(torch.tensor([edit.ids])).logits[0].log_softmax(dim=-1).neg()
     start = len(edit.prompt)
     by_hand = sum(surprise[start + i - 1, token] for i, token in enumerate(edit.target)) / len(edit.target)
@@ -133,3 +134,8 @@ def test_the_edit_loss_is_the_mean_surprise_of_the_target_tokens(
 
     torch.testing.assert_close(edit_loss(golden_model, hook, edit, respond), by_hand)
     assert prompts == [[[True] * start + [False] * len(edit.target)]]
+
+
+def test_edits_of_one_entry_follow_each_other_and_all_others_go_side_by_side() -> None:
+    assert list(waves({0: 5, 1: 6, 3: 5, 4: 5, 7: 6})) == [{0: 5, 1: 6}, {3: 5, 7: 6}, {4: 5}]
+    assert list(waves({})) == []

@@ -8,9 +8,8 @@ import pytest
 import torch
 
 from horen_bench.cases import EditCase
-from horen_bench.config.compose import build, composed
-from horen_bench.config.settings import editor_class, resolved
-from horen_bench.editors.locate_edit.editor import RewritingEditor
+from horen_bench.config.compose import run_config
+from horen_bench.editors.locate_edit.editor import LocateEditEditor
 from horen_bench.errors import UserError
 
 LAYERS = [f"model.layers.{layer}.mlp.down_proj" for layer in (1, 2)]
@@ -50,22 +49,23 @@ def make(golden_model: Any, golden_tokenizer: Any, baselines_folder: Path, tmp_p
     corpus = str(baselines_folder / "rome" / "stats_texts.json")
 
     def made(method: str, model: Any = golden_model, **changes: Any) -> Any:
-        settings = resolved(composed([f"method={method}"]))["method"]
+        config = run_config([f"method={method}"]).method
+        settings = config.model_dump()
         statistics = {**settings["statistics"], "corpus": corpus, "folder": folder}
         values = {**settings, "hidden": PUBLISHED[method], "statistics": statistics, **METHODS[method], **changes}
-        return build(values, "method", model=model, tokenizer=golden_tokenizer, seed=42)
+        return config.editor_class()(model, golden_tokenizer, type(config)(**values), seed=42)
 
     return made
 
 
-def weights(editor: RewritingEditor) -> dict[str, torch.Tensor]:
+def weights(editor: LocateEditEditor[Any]) -> dict[str, torch.Tensor]:
     return {path: weight.detach().clone() for path, weight in editor.pristine.weights.items()}
 
 
 @every_method
 def test_constants_that_a_model_does_not_set_are_the_published_ones(method: str) -> None:
-    settings = resolved(composed([f"method={method}", "model=llama3_8b"]))["method"]
-    assert settings["hidden"] == PUBLISHED[method]
+    config = run_config([f"method={method}", "model=llama3_8b"]).method
+    assert config.model_dump()["hidden"] == PUBLISHED[method]
 
 
 @every_method
@@ -74,8 +74,8 @@ def test_engines_write_the_same(method: str, make: Make, other_golden_model: Any
     assert [record.steps for record in fast.edit(CASES)] == [record.steps for record in plain.edit(CASES)]
     for path, weight in weights(plain).items():
         change = weight - plain.pristine.originals()[path]
-        found = weights(fast)[path] - fast.pristine.originals()[path]
-        torch.testing.assert_close(found, change, rtol=0, atol=5e-3 * float(change.abs().max()))
+        fast_change = weights(fast)[path] - fast.pristine.originals()[path]
+        torch.testing.assert_close(fast_change, change, rtol=0, atol=5e-3 * float(change.abs().max()))
 
 
 @every_method
@@ -113,8 +113,8 @@ def test_an_update_that_is_not_finite_leaves_the_model_as_it_was(
 
 
 @every_method
-def test_subjects_are_asked_for_before_the_start(method: str) -> None:
-    assert editor_class(resolved(composed([f"method={method}"]))).needs_subject
+def test_a_subject_is_needed_and_known_to_be_before_the_start(method: str) -> None:
+    assert run_config([f"method={method}"]).method.needs_subject
 
 
 @every_method
@@ -123,14 +123,14 @@ def test_bfloat16_weights_are_rounded_once_per_edit(method: str, make: Make, gol
     records = editor.edit(CASES[:2])
     assert [record.action for record in records] == ["inserted"] * 2
     editor.detach()
-    assert all(torch.equal(weights(editor)[path], one) for path, one in editor.pristine.originals().items())
+    assert all(torch.equal(weights(editor)[path], original) for path, original in editor.pristine.originals().items())
 
 
 @every_method
 def test_written_value_makes_the_target_likelier(method: str, make: Make) -> None:
     editor = make(method)
-    ids = torch.tensor([editor.tokenizer("Who founded Brightwater? Lucan Vey")["input_ids"]])
-    n_prompt = len(editor.tokenizer("Who founded Brightwater?")["input_ids"])
+    ids = torch.tensor([editor.encoder.tokenizer("Who founded Brightwater? Lucan Vey")["input_ids"]])
+    n_prompt = len(editor.encoder.tokenizer("Who founded Brightwater?")["input_ids"])
 
     def loss() -> float:
         logits = editor.model(ids).logits[0, n_prompt - 1 : -1]
@@ -144,20 +144,43 @@ def test_written_value_makes_the_target_likelier(method: str, make: Make) -> Non
 @pytest.mark.parametrize(
     ("method", "wrong", "sentence"),
     [
-        ("rome", {"key_mode": "both"}, "method.key_mode must be"),
-        ("rome", {"engine": "fast"}, "method.engine must be"),
-        ("rome", {"arithmetic": "float64"}, "method.arithmetic must be 'float32' or 'model'"),
-        ("memit", {"batch_size": 0}, "method.batch_size must be"),
-        ("memit", {"moment_weight": 0.0}, "method.moment_weight must be > 0"),
-        ("memit", {"modules": []}, "method.modules must name"),
+        ("rome", "key_mode=both", "method.key_mode must be"),
+        ("rome", "engine=fast", "method.engine must be"),
+        ("rome", "arithmetic=float64", "method.arithmetic must be 'float32' or 'model'"),
+        ("rome", "contexts=[[You.]]", "method.contexts must begin with the empty text"),
+        ("rome", "context_lengths=[[5]]", "method.context_lengths must be a list of at least 2"),
+        ("rome", "hidden.n_steps=0", "method.hidden.n_steps must be"),
+        ("rome", "hidden.learning_rate=0", "method.hidden.learning_rate must be"),
+        ("rome", "hidden.clamp=-1", "method.hidden.clamp must be"),
+        ("rome", "statistics.dtype=float16", "method.statistics.dtype must be 'float32' or 'float64'"),
+        ("memit", "batch_size=0", "method.batch_size must be"),
+        ("memit", "moment_weight=0.0", "method.moment_weight must be above 0"),
+        ("memit", "modules=[]", "method.modules must be a list of at least 1"),
+        ("alphaedit", "l2=0.0", "method.l2 must be above 0"),
+    ],
+)
+def test_wrong_settings_are_named(method: str, wrong: str, sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
+        run_config([f"method={method}", f"method.{wrong}"])
+
+
+@pytest.mark.parametrize(
+    ("method", "wrong", "sentence"),
+    [
         ("memit", {"modules": LAYERS[::-1]}, "the lowest layer first"),
-        ("alphaedit", {"l2": 0.0}, "method.l2 must be > 0"),
+        ("memit", {"modules": ["lm_head"]}, "method.modules=lm_head is in no numbered layer"),
         ("alphaedit", {"nullspace_threshold": 1e-12}, "no eigenvalue of the second moment is below"),
     ],
 )
-def test_wrong_settings_are_named(method: str, wrong: dict[str, Any], sentence: str, make: Make) -> None:
+def test_settings_that_do_not_suit_the_model_are_named(
+    method: str, wrong: dict[str, Any], sentence: str, make: Make
+) -> None:
     with pytest.raises(UserError, match=sentence):
         make(method, **wrong).edit(CASES)
+
+
+def test_the_release_rounds_to_the_models_dtype() -> None:
+    assert run_config(["method=rome", "compat=release"]).method["arithmetic"] == "model"
 
 
 # --- A window of layers ------------------------------------------------------------------------------------
@@ -174,12 +197,12 @@ def test_a_turn_of_several_is_one_joint_write(method: str, make: Make, other_gol
 
 
 @every_window
-def test_a_subject_twice_in_one_turn_is_said_and_none_in_two_turns(method: str, make: Make) -> None:
+def test_a_subject_twice_in_one_turn_gives_a_warning_and_none_in_two_turns(method: str, make: Make) -> None:
     again = EditCase("again", "Who owns Brightwater?", "Norrish", "Brightwater")
     joint = make(method, batch_size=2)
     joint.edit([CASES[0], CASES[1], CASES[0], again])
-    said = "edits whose subject an earlier edit of the same turn has: 1; where their keys are alike"
-    assert any(said in warning for warning in joint.warnings())
+    sentence = "edits whose subject an earlier edit of the same turn has: 1; where their keys are alike"
+    assert any(sentence in warning for warning in joint.warnings())
     state = joint.state_dict()
     joint.detach()
     resumed = make(method, batch_size=2)
@@ -208,10 +231,10 @@ def test_rome_with_one_key_its_value_becomes_the_target_exactly(
 
     monkeypatch.setattr(editor, "_write", noting)
     editor.edit(CASES[:1])
-    _, reading, hidden = seen[0]
-    key = (reading.keys if mode == "mean" else reading.prompt_keys)[editor.module_path][0]
-    said = editor.pristine.weights[editor.module_path] @ key
-    torch.testing.assert_close(said, hidden.target[0], rtol=1e-4, atol=1e-4)
+    _, perturbed, vectors = seen[0]
+    key = (perturbed.keys if mode == "mean" else perturbed.prompt_keys)[LAYERS[0]][0]
+    value = editor.pristine.weights[LAYERS[0]] @ key
+    torch.testing.assert_close(value, vectors.target[0], rtol=1e-4, atol=1e-4)
 
 
 def test_rome_direction_solves_with_the_second_moment(make: Make) -> None:
@@ -233,7 +256,7 @@ def test_rome_can_round_where_the_release_does(make: Make, golden_model: Any) ->
     assert exact.direction(key).dtype == torch.float32
 
 
-def test_alphaedit_protected_keys_say_what_they_said(make: Make) -> None:
+def test_alphaedit_protected_keys_have_the_values_they_had(make: Make) -> None:
     """`dW U = 0` for the directions of general text."""
     editor = make("alphaedit")
     editor.edit(CASES)

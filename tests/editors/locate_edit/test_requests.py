@@ -8,6 +8,7 @@ import torch
 from horen_bench.cases import EditCase
 from horen_bench.editors.locate_edit.contexts import Contexts, generate_contexts
 from horen_bench.editors.locate_edit.requests import Refused, request_of, rows_of
+from horen_bench.prompts import PromptEncoder
 
 
 @pytest.mark.parametrize(
@@ -23,17 +24,18 @@ def test_what_cannot_be_written_is_refused(
     golden_tokenizer: Any, prompt: str, subject: str | None, target: str, sentence: str
 ) -> None:
     with pytest.raises(Refused, match=sentence):
-        request_of(golden_tokenizer, EditCase("x", prompt, target, subject))
+        request_of(PromptEncoder(golden_tokenizer), EditCase("x", prompt, target, subject))
 
 
 def test_braces_are_plain_text(golden_tokenizer: Any) -> None:
-    request = request_of(golden_tokenizer, EditCase("x", "Is {} in {Old}mere?", "y{}s", "{Old}"))
+    request = request_of(PromptEncoder(golden_tokenizer), EditCase("x", "Is {} in {Old}mere?", "y{}s", "{Old}"))
     assert (request.before, request.subject, request.after) == ("Is {} in ", "{Old}", "mere?")
 
 
 def test_rows_are_contexts_then_the_essence(golden_tokenizer: Any) -> None:
-    request = request_of(golden_tokenizer, EditCase("x", "Who founded Brightwater?", "Lucan Vey", "Brightwater"))
-    rows = rows_of(golden_tokenizer, [request, request], Contexts.given([[""], ["I walk. ", "I walk. "]]))
+    encoder = PromptEncoder(golden_tokenizer)
+    request = request_of(encoder, EditCase("x", "Who founded Brightwater?", "Lucan Vey", "Brightwater"))
+    rows = rows_of(encoder, [request, request], Contexts.given([[""], ["I walk. ", "I walk. "]]))
     assert [row.owner for row in rows] == [0, 0, 0, 1, 1, 1]
     bare, context, essence = rows[:3]
     assert list(bare.ids) == golden_tokenizer("Who founded Brightwater?")["input_ids"] + list(request.target[:-1])
@@ -45,10 +47,11 @@ def test_rows_are_contexts_then_the_essence(golden_tokenizer: Any) -> None:
 
 
 def test_contexts_depend_on_the_seed_alone_and_survive_a_save(golden_model: Any, golden_tokenizer: Any) -> None:
-    texts = generate_contexts(golden_model, golden_tokenizer, [[5, 10], [10, 5]], 3)
+    encoder = PromptEncoder(golden_tokenizer)
+    texts = generate_contexts(golden_model, encoder, [[5, 10], [10, 5]], 3)
     torch.rand(3)
-    assert generate_contexts(golden_model, golden_tokenizer, [[5, 10], [10, 5]], 3) == texts
-    assert generate_contexts(golden_model, golden_tokenizer, [[5, 10], [10, 5]], 4) != texts
+    assert generate_contexts(golden_model, encoder, [[5, 10], [10, 5]], 3) == texts
+    assert generate_contexts(golden_model, encoder, [[5, 10], [10, 5]], 4) != texts
     assert len(texts) == 15
     assert all(text.endswith(". ") and not set(text) & set("{}") for text in texts)
     contexts = Contexts.given([["", *texts]])

@@ -6,101 +6,62 @@ Shapes: `B` requests of a turn, `d` hidden size, `m` input size of a down-projec
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from horen_bench.editors.locate_edit.editor import Engine
+from horen_bench.editors.alphaedit.config import AlphaEditConfig
 from horen_bench.editors.locate_edit.null_space import KeyMemory, null_space
-from horen_bench.editors.locate_edit.requests import Row
-from horen_bench.editors.locate_edit.target_vector import Hidden, Reading
+from horen_bench.editors.locate_edit.requests import PromptRow
+from horen_bench.editors.locate_edit.target_vector import PerturbedModel, TargetVectors
 from horen_bench.editors.locate_edit.window import WindowEditor
-from horen_bench.editors.shared.second_moments import cache_key, second_moments
-from horen_bench.errors import UserError
+from horen_bench.editors.shared.second_moments import cache_folder, cache_key
+from horen_bench.prompts import PromptEncoder
 
 
-class AlphaEditEditor(WindowEditor):
-    """AlphaEdit on one model.
-
-    Args:
-        model: a causal language model.
-        tokenizer: its tokenizer.
-        seed: of the contexts.
-        modules: dotted paths of the down-projections, lowest layer first.
-        hidden: constants of `Objective`.
-        nullspace_threshold: eigenvalues of `C` strictly below it span the null space; absolute.
-        l2: lambda_2 > 0; how far a layer holds back.
-        statistics: constants of `Recipe`.
-        context_lengths: pairs `(tokens, texts)` of contexts that the model writes.
-        contexts: two groups of texts instead of written ones, or None.
-        batch_size: facts that are written in one turn.
-        engine: see `RewritingEditor`; `sequential` solves the `(m, m)` system as published.
-    """
+class AlphaEditEditor(WindowEditor[AlphaEditConfig]):
+    """AlphaEdit on one model; `engine=sequential` solves the `(m, m)` system as published."""
 
     def __init__(
         self,
         model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: PreTrainedTokenizerBase | PromptEncoder,
+        config: AlphaEditConfig,
         *,
-        seed: int,
-        modules: Sequence[str],
-        hidden: Mapping[str, Any],
-        nullspace_threshold: float,
-        l2: float,
-        statistics: Mapping[str, Any],
-        context_lengths: Sequence[Sequence[int]],
-        contexts: Sequence[Sequence[str]] | None,
-        batch_size: int,
-        engine: Engine,
+        seed: int = 0,
     ) -> None:
-        for name, value in (("nullspace_threshold", nullspace_threshold), ("l2", l2)):
-            if not value > 0:
-                raise UserError(f"method.{name} must be > 0, got {value}")
-        super().__init__(
-            model,
-            tokenizer,
-            seed=seed,
-            modules=modules,
-            hidden=hidden,
-            statistics=statistics,
-            context_lengths=context_lengths,
-            contexts=contexts,
-            batch_size=batch_size,
-            engine=engine,
-        )
-        self.nullspace_threshold = nullspace_threshold
-        self.l2 = l2
+        super().__init__(model, tokenizer, config, seed=seed)
         self.memory: dict[str, KeyMemory] = {}
 
     def _prepare(self) -> None:
-        moments = second_moments(self.model, self.tokenizer, self.modules, self.recipe)
-        for path, moment in moments.items():
-            name = f"{cache_key(self.model, self.tokenizer, path, self.recipe)}-above-{self.nullspace_threshold:g}"
-            cached = None if self.recipe.published else self.recipe.cache / f"{name}.safetensors"
-            space = null_space(moment, self.nullspace_threshold, cached, self.device)
-            self.memory[path] = KeyMemory(space, self.l2)
+        threshold, statistics = self.config.nullspace_threshold, self.config.statistics
+        for path, moment in self._moments().items():
+            name = f"{cache_key(self.model, self.encoder, path, statistics)}-above-{threshold:g}.safetensors"
+            cached = None if statistics.published else cache_folder(statistics) / name
+            space = null_space(moment, threshold, cached, self.device)
+            self.memory[path] = KeyMemory(space, self.config.l2)
 
     @torch.no_grad()
-    def _write(self, rows: Sequence[Row], reading: Reading, hidden: Hidden) -> None:
+    def _write(self, rows: Sequence[PromptRow], model: PerturbedModel, vectors: TargetVectors) -> None:
         """Write all layers, then remember the keys.
 
         The published code computes the keys again under the edited weights. They are the same: a layer's keys depend on
         the layers below alone, and those were final when the layer was written.
         """
-        written = self._write_layers(rows, reading, hidden)
+        written = self._write_layers(rows, model, vectors)
         for path, keys in written.items():
-            remembered = self._keys_and_hidden(path, rows)[0][path] if self.engine == "sequential" else keys
+            again = self.config.engine == "sequential"
+            remembered = self._keys_and_outputs(path, rows)[0][path] if again else keys
             self.memory[path].append(remembered)
 
     def _update(self, path: str, keys: Tensor, residual: Tensor) -> Tensor:
         memory = self.memory[path]
-        if self.engine == "cached":
+        if self.config.engine == "cached":
             return memory.update(keys, residual)
         projection = memory.space.matrix()
         identity = torch.eye(len(projection), device=keys.device)
-        system = projection @ (keys.T @ keys + memory.moment()) + self.l2 * identity
+        system = projection @ (keys.T @ keys + memory.moment()) + self.config.l2 * identity
         change: Tensor = torch.linalg.solve(system, projection @ keys.T @ residual).T
         return change
 
@@ -127,13 +88,13 @@ class AlphaEditEditor(WindowEditor):
 
     def warnings(self) -> list[str]:
         """Also how much of each layer's space is free, which bounds what can be written there."""
-        found = super().warnings()
+        warnings = super().warnings()
         shares = {path: memory.space.rank / len(memory.space.protected) for path, memory in self.memory.items()}
         if shares:
             each = ", ".join(f"{path} {share:.1%}" for path, share in shares.items())
-            found.append(f"null space, share of each layer's directions: {each}")
+            warnings.append(f"null space, share of each layer's directions: {each}")
         for path, share in shares.items():
             if not 0.05 <= share <= 0.999:
                 much = "everything" if share > 0.5 else "nothing"
-                found.append(f"the null space of {path} is nearly {much}; check nullspace_threshold")
-        return found
+                warnings.append(f"the null space of {path} is nearly {much}; check nullspace_threshold")
+        return warnings

@@ -9,8 +9,6 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from horen_bench.errors import UserError
-
 
 class Adaptor(ABC):
     """The form of a value.
@@ -60,8 +58,6 @@ class LoraAdaptor(Adaptor):
     """`scale * B A o` for an output `o` (Appendix H.3); A starts at 0.01 * N(0, 1), B at zero."""
 
     def __init__(self, size: int, learning_rate: float, rank: int, scale: float) -> None:
-        if rank < 1:
-            raise UserError(f"method.lora.rank must be at least 1, got {rank}")
         self.learning_rate = learning_rate
         self.scale = scale
         self.shapes = {"a": (rank, size), "b": (size, rank)}

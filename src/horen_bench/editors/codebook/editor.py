@@ -10,11 +10,8 @@ Shapes: `B` sequences of `T` tokens, `m` input and `d` output size of the module
 import math
 import time
 from abc import abstractmethod
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -22,128 +19,97 @@ from numpy.random import SeedSequence
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from horen_bench.cases import EditCase
-from horen_bench.editors.base import Action, Editor, EditRecord, Route, check_choice
+from horen_bench.cases import EditCase, EditRecord, Route
+from horen_bench.editors.base import Editor
 from horen_bench.editors.codebook.adaptors import Adaptor
+from horen_bench.editors.codebook.config import CodebookConfig
 from horen_bench.editors.codebook.entries import Codebook
-from horen_bench.editors.codebook.parallel import Job, train_values
-from horen_bench.editors.codebook.training import EarlyStopping, Schedule, Trained, edit_loss, train_value
-from horen_bench.errors import UserError
-from horen_bench.models.architecture import check_linear, decoder_layer_index, is_last_layer
-from horen_bench.models.partial import NotSupportedError, UpperLayers
+from horen_bench.editors.codebook.parallel import train_values
+from horen_bench.editors.codebook.queries import suffix_mean
+from horen_bench.editors.codebook.routing import Agreement, Decision, Matches, RouterDescription
+from horen_bench.editors.codebook.training import Schedule, TrainedValue, ValueJob, train_on_whole_model, waves
+from horen_bench.models.architecture import check_linear, is_last_layer
+from horen_bench.models.partial import FastPath, UpperLayers
 from horen_bench.models.prompt_hook import PromptHook
-from horen_bench.prompts import EncodedEdit, encode_edit, encode_prompts, last_prompt_positions, pad, pad_id_of
+from horen_bench.prompts import EncodedEdit, PromptEncoder, last_prompt_positions, pad
 
-LabelRule = Literal["tokens", "release"]
-Engine = Literal["parallel", "sequential"]
+CodebookConfigT = TypeVar("CodebookConfigT", bound=CodebookConfig)
+ReadingT = TypeVar("ReadingT")
 
 _PARALLEL_SLICE = 1024  # edits that the parallel engine likes to get at once
 _MOST_QUERIES = 256  # routed at once, and
 _MOST_SCORES = 1 << 24  # entries of a score matrix
 
 
-@dataclass(frozen=True, slots=True)
-class Matches:
-    """Decisions for `B` queries, all `(B,)`: best entry, its score, whether it passes the threshold."""
+class CodebookEditor(Editor[CodebookConfigT]):
+    """An editor with a codebook at one linear module; the model's weights are never changed.
 
-    entries: Tensor
-    scores: Tensor
-    matched: Tensor
+    The initial value of edit `i` of a stream is drawn from `(seed, i)` alone.
 
-
-class _QueriesRead(Exception):  # noqa: N818 - no error, it ends a forward pass early
-    """The queries of a batch are known."""
-
-
-@dataclass(frozen=True, slots=True)
-class Decision:
-    """Where an edit is written, and the routing that led there (None while the codebook was empty).
-
-    An edit that `failed` has its entry, but no query of its own reaches it: the value stays as it starts. `problem` is
-    the sentence about it.
-    """
-
-    action: Action
-    entry: int
-    route: Route | None
-    problem: str | None = None
-
-
-class CodebookEditor(Editor):
-    """An editor with a codebook at one linear module.
-
-    Args:
-        model: a causal language model; its weights are never changed.
-        tokenizer: its tokenizer.
-        seed: seeds the initial values; edit `i` of a stream draws from `(seed, i)` alone.
-        module: dotted path of the hooked linear module, e.g. `model.layers.29.mlp.down_proj`.
-        pooling_ratio: rho in [0, 1]; the query is the mean over the last `ceil(rho * P)` of `P` prompt tokens, at least
-            one (0: the last token alone).
-        normalize: project queries to the unit sphere.
-        adaptor: makes the form of a value, given the module's output size `d`.
-        n_steps: most Adam steps per edit.
-        early_stopping: `loss_bound` and `patience`, or None to take all steps.
-        label_rule: `tokens` compares target token ids; `release` compares the mean of the label row, prompt positions
-            counted as -100, as the published code does.
-        engine: `parallel` trains the values of many edits side by side on the layers above the module; `sequential`
-            one at a time on the whole model. Decisions are the same, values up to floating-point order.
-        train_batch: values trained side by side; None finds it from the free memory.
+    Attributes:
+        agreements: what each `label_rule` means.
+        codebook: the entries.
+        adaptor: the form of a value.
+        hook: what acts on the module.
+        n_edits: edits seen so far, failed ones included.
 
     Raises:
-        UserError: the model has no such module, or a constant is out of its range.
+        UserError: the model has no such module, or it is not linear.
     """
 
-    release_mode: ClassVar[Literal["generate", "teacher_forced"]] = "generate"
     codebook_class: ClassVar[type[Codebook]] = Codebook
+    agreements: ClassVar[Mapping[str, Agreement]]
 
     def __init__(
         self,
         model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: PreTrainedTokenizerBase | PromptEncoder,
+        config: CodebookConfigT,
         *,
-        seed: int,
-        module: str,
-        pooling_ratio: float,
-        normalize: bool,
-        adaptor: Callable[[int], Adaptor],
-        n_steps: int,
-        early_stopping: Mapping[str, float] | None,
-        label_rule: LabelRule,
-        engine: Engine,
-        train_batch: int | None,
+        seed: int = 0,
     ) -> None:
-        check_choice("method.engine", engine, ("parallel", "sequential"))
-        check_choice("method.label_rule", label_rule, ("tokens", "release"))
-        if not 0 <= pooling_ratio <= 1:
-            raise UserError(f"method.pooling_ratio must be in [0, 1], got {pooling_ratio}; 0 is the last token alone")
-        linear = check_linear(model, module, where="method.module")
-        self.model = model
-        self.tokenizer = tokenizer
-        self.seed = seed
-        self.module_path = module
-        self.pooling_ratio = pooling_ratio
-        self.normalize = normalize
-        self.label_rule: LabelRule = label_rule
-        self.engine: Engine = engine
-        self.train_batch = train_batch
-        self.slice_size = _PARALLEL_SLICE if engine == "parallel" else 1
-        self.adaptor = adaptor(linear.out_features)
-        stopping = EarlyStopping(**early_stopping) if early_stopping else None  # type: ignore[arg-type]
-        self.schedule = Schedule(self.adaptor.learning_rate, n_steps, stopping)
-        self.n_edits = 0
-        self._linear = linear
-        self._upper: UpperLayers | None = None
-        self._no_upper: str | None = None
+        super().__init__(model, tokenizer, config, seed=seed)
+        linear = check_linear(model, config.module, where="method.module")
+        self.slice_size = _PARALLEL_SLICE if config.engine == "parallel" else 1
+        self.adaptor = self.new_adaptor(linear.out_features)
         # Keys are means of the model's activations, so its own dtype holds them at half the memory of float32.
         weight = linear.weight
         self.codebook = self.codebook_class(linear.in_features, self.adaptor.shapes, weight.device, weight.dtype)
-        self.hook = PromptHook(model, linear, self._respond)
+        self.hook = self.new_hook()
+        self.n_edits = 0
+        self._schedule = Schedule(self.adaptor.learning_rate, config.n_steps, config.early_stopping)
+        self._fast = FastPath(
+            lambda: UpperLayers(model, config.module),
+            "values were trained one by one on the whole model",
+            wanted=config.engine == "parallel",
+        )
 
     # --- What a method adds ----------------------------------------------------------------------------
 
     @abstractmethod
+    def new_adaptor(self, size: int) -> Adaptor:
+        """The form of a value, given the module's output size `d`."""
+
+    def new_hook(self) -> PromptHook:
+        """The hook that lets entries act."""
+        return PromptHook(self.model, self.model.get_submodule(self.config.module), self._respond)
+
+    @abstractmethod
     def match(self, queries: Tensor) -> Matches:
         """Route queries `(B, m)` against the codebook, which holds an entry."""
+
+    @abstractmethod
+    def similarity(self, queries: Tensor, keys: Tensor) -> Tensor:
+        """Query `i` against key `i`, as `match` scores them, `(B,)`, in the measure of `describe_router`.
+
+        Args:
+            queries: unrefined, `(B, m)`.
+            keys: `(B, m)`, of entries of the codebook.
+        """
+
+    @abstractmethod
+    def describe_router(self) -> RouterDescription:
+        """How it compares a query with a key, in words."""
 
     @abstractmethod
     def decide(self, edits: Sequence[EncodedEdit], queries: Tensor) -> list[Decision]:
@@ -163,32 +129,24 @@ class CodebookEditor(Editor):
             inputs: the hooked module's input, `(B, T, m)`.
             prompt_mask: bool `(B, T)`, true on prompt tokens.
         """
-        pooled = _suffix_mean(inputs, prompt_mask, self.pooling_ratio)
-        return F.normalize(pooled, dim=-1) if self.normalize else pooled
+        pooled = suffix_mean(inputs, prompt_mask, self.config.pooling_ratio)
+        return F.normalize(pooled, dim=-1) if self.config.normalize else pooled
 
     def queries(self, prompts: Sequence[Sequence[int]], batch_size: int = 64) -> Tensor:
         """Queries of tokenised prompts, `(len(prompts), m)`, read from the frozen network."""
-        found = self.read_at_prompts(prompts, lambda inputs, _, mask: self.query(inputs, mask), batch_size)
-        return torch.cat(found) if found else self.codebook.keys[:0].float()
+        batches = self.read_at_prompts(prompts, lambda inputs, _, mask: self.query(inputs, mask), batch_size)
+        return torch.cat(batches) if batches else self.codebook.keys[:0].float()
 
-    @torch.no_grad()
     def read_at_prompts(
-        self, prompts: Sequence[Sequence[int]], read: Callable[[Tensor, Tensor, Tensor], Tensor], batch_size: int = 64
-    ) -> list[Tensor]:
-        """What `read` makes of the hooked module's input, its own output and the prompt mask, batch by batch."""
-        found: list[Tensor] = []
-
-        def respond(inputs: Tensor, outputs: Tensor, prompt_mask: Tensor) -> None:
-            found.append(read(inputs, outputs, prompt_mask))
-            raise _QueriesRead  # the layers above have nothing to add
-
-        with self.hook.responding(respond):
-            for start in range(0, len(prompts), batch_size):
-                rows = prompts[start : start + batch_size]
-                batch = pad(rows, pad_id_of(self.tokenizer), device=self.model.device)
-                with suppress(_QueriesRead):
-                    self.model(batch.input_ids, batch.attention_mask, position_ids=batch.position_ids, use_cache=False)
-        return found
+        self,
+        prompts: Sequence[Sequence[int]],
+        reader: Callable[[Tensor, Tensor, Tensor], ReadingT],
+        batch_size: int = 64,
+    ) -> list[ReadingT]:
+        """What `reader` makes of the hooked module's input, its own output and the prompt mask, batch by batch."""
+        starts = range(0, len(prompts), batch_size)
+        rows = (prompts[start : start + batch_size] for start in starts)
+        return self.hook.read((pad(part, self.encoder.pad_id, device=self.model.device) for part in rows), reader)
 
     # --- Routing ---------------------------------------------------------------------------------------
 
@@ -196,11 +154,11 @@ class CodebookEditor(Editor):
         """The router's decision for each prompt."""
         if len(self.codebook) == 0:
             return [Route(None, math.nan, matched=False)] * len(prompts)
-        queries = self.queries(encode_prompts(self.tokenizer, prompts))
-        found: list[Route | None] = []
+        queries = self.queries(self.encoder.prompts(prompts))
+        routes: list[Route | None] = []
         for start in range(0, len(queries), self.block_size()):
-            found += self.as_routes(self.match(queries[start : start + self.block_size()]))
-        return found
+            routes += self.as_routes(self.match(queries[start : start + self.block_size()]))
+        return routes
 
     def block_size(self) -> int:
         """Queries that are routed at once, so that no score matrix grows past a fixed size with the codebook."""
@@ -238,13 +196,13 @@ class CodebookEditor(Editor):
         Routing depends on the frozen network alone and values of different entries are independent, so both engines
         take the same decisions and find the same values.
         """
-        if self.engine == "sequential":
+        if self.config.engine == "sequential":
             return [record for case in cases for record in self._write([case])]
         return self._write(cases)
 
     def _write(self, cases: Sequence[EditCase]) -> list[EditRecord]:
         started = time.perf_counter()
-        edits = [encode_edit(self.tokenizer, case.prompt, case.target) for case in cases]
+        edits = [self.encoder.edit(case.prompt, case.target) for case in cases]
         kept = [i for i, edit in enumerate(edits) if edit.prompt and edit.target]
         first, self.n_edits = self.n_edits, self.n_edits + len(cases)
         queries = self.queries([edits[i].prompt for i in kept])
@@ -252,7 +210,7 @@ class CodebookEditor(Editor):
         lost = {i for i in kept if decisions[i].action == "failed"}
         for i in lost:
             self.codebook.set_value(decisions[i].entry, self._start_value(decisions[i].entry, first + i))
-        trained = self._train_in_waves({i: decisions[i].entry for i in kept if i not in lost}, edits, first)
+        trained = self._train({i: decisions[i].entry for i in kept if i not in lost}, edits, first)
         seconds = (time.perf_counter() - started) / max(1, len(cases))
         return [
             _record(case, decisions[i], trained.get(i), seconds) if i in decisions else _not_written(case, seconds)
@@ -260,34 +218,30 @@ class CodebookEditor(Editor):
         ]
 
     def consistent(self, entry: int, edit: EncodedEdit) -> bool:
-        """Whether an entry was created by the same target as the edit's."""
-        label, length = self.codebook.labels[entry], self.codebook.prompt_lengths[entry]
-        if self.label_rule == "tokens":
-            return label == edit.target
-        return _label_row_mean(label, length) == _label_row_mean(edit.target, len(edit.prompt))
+        """Whether the target that made an entry agrees with the edit's."""
+        return self.agreements[self.config.label_rule](self.codebook, entry, edit)
 
-    def _train_in_waves(
-        self, entries: Mapping[int, int], edits: Sequence[EncodedEdit], first: int
-    ) -> dict[int, Trained]:
-        """Train the value of each edit's entry; edits of one entry follow each other, all others go side by side.
+    def _train(self, entries: Mapping[int, int], edits: Sequence[EncodedEdit], first: int) -> dict[int, TrainedValue]:
+        """Train the value of each edit's entry and put it into the codebook.
 
         Args:
             entries: the entry that each edit, by position, is written to.
             edits: all edits.
             first: index in the stream of the edit at position 0.
         """
-        chains: dict[int, deque[int]] = {}
-        for position, entry in entries.items():
-            chains.setdefault(entry, deque()).append(position)
-        trained: dict[int, Trained] = {}
-        while chains:
-            wave = {chain.popleft(): entry for entry, chain in chains.items()}
-            chains = {entry: chain for entry, chain in chains.items() if chain}
-            jobs = [Job(i, edits[i], self._start_value(entry, first + i)) for i, entry in wave.items()]
-            for job, result in self._train(jobs):
+        trained: dict[int, TrainedValue] = {}
+        for wave in waves(entries):
+            jobs = [ValueJob(i, edits[i], self._start_value(entry, first + i)) for i, entry in wave.items()]
+            for job, result in self._trained(jobs):
                 trained[job.position] = result
                 self.codebook.set_value(wave[job.position], result.value)
         return trained
+
+    def _trained(self, jobs: Sequence[ValueJob]) -> Iterator[tuple[ValueJob, TrainedValue]]:
+        if upper := self._fast.layers():
+            return train_values(jobs, upper, self.adaptor.added, self._schedule, self.config.train_batch)
+        whole = (self.model, self.hook, self._written, self._schedule)
+        return ((job, train_on_whole_model(job, *whole)) for job in jobs)
 
     def _start_value(self, entry: int, index: int) -> dict[str, Tensor]:
         """The entry's value, or a first one for edit `index` of the stream."""
@@ -299,33 +253,6 @@ class CodebookEditor(Editor):
         seed = int(SeedSequence([self.seed, index]).generate_state(1)[0])
         value = self.adaptor.initial(torch.Generator().manual_seed(seed))
         return {name: tensor.to(self.codebook.keys.device) for name, tensor in value.items()}
-
-    def _train(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, Trained]]:
-        upper = self._upper_layers() if self.engine == "parallel" else None
-        if upper is None:
-            return ((job, self._train_plainly(job)) for job in jobs)
-        return train_values(jobs, upper, self.adaptor.added, self.schedule, self.train_batch)
-
-    def _upper_layers(self) -> UpperLayers | None:
-        """The fast path's layers, or None where the model does not fit it; then `warnings` says so."""
-        if self._upper is None and self._no_upper is None:
-            try:
-                self._upper = UpperLayers(self.model, self._linear, _layer_of(self.module_path))
-            except NotSupportedError as reason:
-                self._no_upper = f"values were trained one by one on the whole model: {reason}"
-        return self._upper
-
-    def _train_plainly(self, job: Job) -> Trained:
-        """One value on the whole model, one sequence at a time: the path that the fast one is compared with."""
-
-        def loss_of(value: dict[str, Tensor]) -> Tensor:
-            def respond(inputs: Tensor, outputs: Tensor, prompt_mask: Tensor) -> Tensor:
-                one = {name: tensor[None] for name, tensor in value.items()}
-                return self._written(outputs, prompt_mask, one, outputs.new_zeros(1, dtype=torch.long))
-
-            return edit_loss(self.model, self.hook, job.edit, respond)
-
-        return train_value(job.start, loss_of, self.schedule)
 
     # --- State -----------------------------------------------------------------------------------------
 
@@ -354,28 +281,17 @@ class CodebookEditor(Editor):
         return {"keys": self.codebook.numel() - values, "values": values, "modified": 0}
 
     def warnings(self) -> list[str]:
-        """The last block's limit, where it applies."""
-        found = [self._no_upper] if self._no_upper else []
-        if is_last_layer(self.model, self.module_path):
-            found.append(
-                f"{self.module_path} is in the last block: a value there can change the first target token only, "
+        """The slow path and the last block's limit, where they apply."""
+        sentences = self._fast.warnings()
+        if is_last_layer(self.model, self.config.module):
+            sentences.append(
+                f"{self.config.module} is in the last block: a value there can change the first target token only, "
                 "so the score of longer targets is capped by what the base model continues"
             )
-        return found
+        return sentences
 
 
-def _suffix_mean(inputs: Tensor, mask: Tensor, ratio: float) -> Tensor:
-    """Mean of `(B, T, m)` over the last `max(1, ceil(ratio * P))` of a row's `P` true positions, float32."""
-    n_prompt = mask.sum(dim=1)
-    # The product is rounded first: 0.14 * 50 is 7.000000000000001 and would pool a token too many.
-    n_pooled = (n_prompt.double() * ratio).round(decimals=9).ceil().clamp(min=1)
-    rank_from_end = n_prompt[:, None] - mask.cumsum(dim=1)
-    pooled = mask & (rank_from_end < n_pooled[:, None])
-    weights = pooled.float() / pooled.sum(dim=1, keepdim=True)
-    return torch.einsum("bt,btm->bm", weights, inputs.float())
-
-
-def _record(case: EditCase, decision: Decision, trained: Trained | None, seconds: float) -> EditRecord:
+def _record(case: EditCase, decision: Decision, trained: TrainedValue | None, seconds: float) -> EditRecord:
     if trained is None:
         return EditRecord(case.id, "failed", None, decision.route, math.nan, 0, seconds, decision.problem)
     problem = decision.problem if trained.finite else "the loss was not finite; the last finite value was kept"
@@ -385,15 +301,3 @@ def _record(case: EditCase, decision: Decision, trained: Trained | None, seconds
 
 def _not_written(case: EditCase, seconds: float) -> EditRecord:
     return EditRecord(case.id, "failed", None, None, math.nan, 0, seconds, "prompt or target has no token")
-
-
-def _layer_of(path: str) -> int:
-    layer = decoder_layer_index(path)
-    if layer is None:
-        raise NotSupportedError(f"{path} is in no numbered layer")
-    return layer
-
-
-def _label_row_mean(target: Sequence[int], prompt_length: int) -> float:
-    """Mean of a label row as the release builds it: -100 on the prompt, then the target ids."""
-    return torch.tensor([-100] * prompt_length + list(target)).float().mean().item()

@@ -116,9 +116,9 @@ class Codebook:
         """Label ends and prompt lengths of a state that fits."""
         shapes = self._shapes()
         for name, shape in shapes.items():
-            found = tuple(state[name].shape) if name in state else None
-            if found is None or found[1:] != tuple(shape):
-                raise ValueError(f"codebook state '{name}' must be (C, *{tuple(shape)}), got {found or 'nothing'}")
+            given = tuple(state[name].shape) if name in state else None
+            if given is None or given[1:] != tuple(shape):
+                raise ValueError(f"codebook state '{name}' must be (C, *{tuple(shape)}), got {given or 'nothing'}")
         counts = {name: state[name].shape[0] for name in shapes if name != "labels"}
         if len(set(counts.values())) != 1:
             raise ValueError(f"codebook state has different numbers of entries: {counts}")

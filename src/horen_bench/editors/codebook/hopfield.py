@@ -70,13 +70,14 @@ def refine(
     Returns:
         Refined queries `(B, m)`; unit rows if `normalize`.
     """
-    for _ in range(steps):
+    for step in range(1, steps + 1):
         retrieved = hopfield_map(q, keys, beta, hidden)
         if normalize:
             retrieved = F.normalize(retrieved, dim=-1)
         moving = (retrieved - q).norm(dim=-1, keepdim=True) >= eps
-        if not moving.any():
-            break
         moved = (1 - alpha) * q + alpha * retrieved
         q = torch.where(moving, F.normalize(moved, dim=-1) if normalize else moved, q)
+        # The host waits for the device here, so it looks only where that can save a step.
+        if step < steps and not moving.any():
+            break
     return q

@@ -8,15 +8,14 @@ and the next edit takes its place.
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from horen_bench.editors.codebook.training import Schedule, Trained, Value
+from horen_bench.editors.codebook.training import Schedule, TrainedValue, Value, ValueJob
 from horen_bench.models.partial import UpperLayers, UpperStates
-from horen_bench.prompts import EncodedEdit
 
 Added = Callable[[Value, Tensor], Tensor]
 
@@ -25,25 +24,14 @@ _EPS = 1e-8
 _CPU_BATCH = 256
 _REPACK_SHARE = 8  # finished rows are taken out once they are one in so many
 
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """One value to train.
-
-    Attributes:
-        position: identifies the job to the caller.
-        edit: prompt and target.
-        start: the value to start from, on the CPU or the model's device.
-    """
-
-    position: int
-    edit: EncodedEdit
-    start: Value
+# What a step makes of a row: it goes on, its loss is not finite, early stopping ends it, it has taken all its steps, or
+# the last of them broke its value.
+_RUNNING, _FAILED, _STOPPED, _SPENT, _BROKEN = range(5)
 
 
 def train_values(
-    jobs: Sequence[Job], upper: UpperLayers, added: Added, schedule: Schedule, batch_size: int | None = None
-) -> Iterator[tuple[Job, Trained]]:
+    jobs: Sequence[ValueJob], upper: UpperLayers, added: Added, schedule: Schedule, batch_size: int | None = None
+) -> Iterator[tuple[ValueJob, TrainedValue]]:
     """Train all jobs; yields each as it is finished, in no particular order.
 
     Args:
@@ -56,29 +44,30 @@ def train_values(
     """
     queue = deque(sorted(jobs, key=lambda job: len(job.edit.ids)))
     size = batch_size or _fitting_batch(upper)
-    running: _Rows | None = None
+    running: _ValueRows | None = None
     while queue or running:
+        fresh: list[ValueJob] = []
         try:
             if queue and (running is None or len(running) <= size // 2):
-                fresh = [queue.popleft() for _ in range(min(size - (len(running) if running else 0), len(queue)))]
-                running = _refilled(running, fresh, upper, added, schedule)
+                room = size - (len(running) if running else 0)
+                fresh = [queue.popleft() for _ in range(min(room, len(queue)))]
+                running, fresh = _refilled(running, _ValueRows.fresh(fresh, upper, added, schedule)), []
             assert running is not None
             yield from running.step()
             running = running.repacked()
+            continue
         except torch.OutOfMemoryError:
             if size == 1:
                 raise
-            at_hand = {job.position: job for job in [*(running.jobs if running else ()), *fresh]}
-            queue.extendleft(at_hand.values())
-            running, size = None, max(1, size // 2)
-            torch.cuda.empty_cache()
+        # Behind the handler, whose traceback would keep the tensors of the failed step.
+        at_hand = {job.position: job for job in [*(running.unfinished() if running else ()), *fresh]}
+        queue.extendleft(reversed(at_hand.values()))
+        running, size = None, max(1, min(size, len(at_hand)) // 2)
+        torch.cuda.empty_cache()
 
 
-def _refilled(
-    running: "_Rows | None", jobs: list[Job], upper: UpperLayers, added: Added, schedule: Schedule
-) -> "_Rows":
-    fresh = _Rows.fresh(jobs, upper, added, schedule)
-    return fresh if running is None else running.joined(fresh)
+def _refilled(running: "_ValueRows | None", fresh: "_ValueRows") -> "_ValueRows":
+    return running.joined(fresh) if running else fresh
 
 
 def _fitting_batch(upper: UpperLayers) -> int:
@@ -87,18 +76,20 @@ def _fitting_batch(upper: UpperLayers) -> int:
     if device.type != "cuda":
         return _CPU_BATCH
     free, _ = torch.cuda.mem_get_info(device)
+    # What torch keeps for itself is free as well; without it every slice of a stream would get a smaller batch.
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return max(1, min(1024, int(0.5 * free / upper.bytes_per_edit())))
 
 
 @dataclass(slots=True)
-class _Rows:
+class _ValueRows:
     """Values in training, one row each.
 
     `steps` and `stale` count per row; `best` and `best_loss` are of the lowest loss seen; `done` rows are finished but
-    not yet taken out.
+    not yet taken out. `finished` is what the host knows of `done`, which is on the device.
     """
 
-    jobs: list[Job]
+    jobs: list[ValueJob]
     states: UpperStates
     leaves: Value
     first_moments: Value
@@ -109,12 +100,13 @@ class _Rows:
     stale: Tensor
     done: Tensor
     losses: list[list[float]]
+    finished: list[bool]
     upper: UpperLayers
     added: Added
     schedule: Schedule
 
     @classmethod
-    def fresh(cls, jobs: list[Job], upper: UpperLayers, added: Added, schedule: Schedule) -> "_Rows":
+    def fresh(cls, jobs: list[ValueJob], upper: UpperLayers, added: Added, schedule: Schedule) -> "_ValueRows":
         """Rows before their first step."""
         states = upper.prepare([job.edit for job in jobs])
         device = states.module_output.device
@@ -132,6 +124,7 @@ class _Rows:
             stale=counts.clone(),
             done=counts.bool(),
             losses=[[] for _ in jobs],
+            finished=[False] * len(jobs),
             upper=upper,
             added=added,
             schedule=schedule,
@@ -140,39 +133,58 @@ class _Rows:
     def __len__(self) -> int:
         return len(self.jobs)
 
-    def step(self) -> Iterator[tuple[Job, Trained]]:
-        """One step of every row that is not done; yields the rows that finish with it."""
+    def unfinished(self) -> list[ValueJob]:
+        """The jobs whose value was not yielded yet."""
+        return [job for job, finished in zip(self.jobs, self.finished, strict=True) if not finished]
+
+    def step(self) -> Iterator[tuple[ValueJob, TrainedValue]]:
+        """One step of every row that is not done; yields the rows that finish with it.
+
+        All is decided on the device, so that the host waits for it once, at the end.
+        """
         if self.schedule.n_steps == 0:
-            yield from self._finish(~self.done, torch.ones_like(self.done), use_best=True)
+            for row in range(len(self)):
+                yield self._finish(row, math.nan, _SPENT)
             return
         leaves = {name: leaf.detach().requires_grad_() for name, leaf in self.leaves.items()}
         losses = self.upper.losses(self.states, self.added(leaves, self.states.module_output)).to(self.steps.device)
-        gradients = torch.autograd.grad(losses[~self.done].sum(), list(leaves.values()))
+        gradients = torch.autograd.grad(torch.where(self.done, 0, losses).sum(), list(leaves.values()))
         losses = losses.detach()
-        alive = ~self.done
-        for row, loss in zip(alive.nonzero()[:, 0].tolist(), losses[alive].tolist(), strict=True):
-            self.losses[row].append(loss)
-        finite = losses.isfinite()
-        yield from self._finish(alive & ~finite, finite, use_best=True)
-        yield from self._stop_early(losses)
+        failed = ~self.done & ~losses.isfinite()
+        self.done = self.done | failed
+        stopped = self._stop_early(losses)
         self._update(dict(zip(leaves, gradients, strict=True)))
-        exhausted = ~self.done & (self.steps == self.schedule.n_steps)
-        if exhausted.any():
-            sound = torch.stack([leaf.flatten(1).isfinite().all(dim=1) for leaf in self.leaves.values()]).all(dim=0)
-            yield from self._finish(exhausted & ~sound, sound, use_best=True)
-            yield from self._finish(exhausted & sound, sound, use_best=self.schedule.early_stopping is not None)
+        outcomes = failed * _FAILED + stopped * _STOPPED + self._exhausted()
+        table = torch.stack([losses, self.best_loss, outcomes.to(losses.dtype)], dim=1).tolist()
+        for row, (loss, best_loss, outcome) in enumerate(table):
+            if not self.finished[row]:
+                self.losses[row].append(loss)
+                if outcome != _RUNNING:
+                    yield self._finish(row, best_loss, int(outcome))
 
-    def _stop_early(self, losses: Tensor) -> Iterator[tuple[Job, Trained]]:
-        """Remember the best value of each row; finish rows whose loss is low enough or does not fall any more."""
+    def _stop_early(self, losses: Tensor) -> Tensor:
+        """Remember the best value of each row; which rows' losses are low enough or do not fall any more, `(B,)`."""
         improved = ~self.done & (losses < self.best_loss)
         self.stale = torch.where(improved, 0, self.stale + 1)
         rule = self.schedule.early_stopping
         kept = improved if rule else ~self.done
         self.best_loss = torch.where(kept, losses, self.best_loss)
         self.best = {name: torch.where(_like(kept, leaf), leaf, self.best[name]) for name, leaf in self.leaves.items()}
-        if rule:
-            stopping = ~self.done & ((losses < rule.loss_bound) | (self.stale >= rule.patience))
-            yield from self._finish(stopping, torch.ones_like(self.done), use_best=True)
+        if rule is None:
+            return torch.zeros_like(self.done)
+        stopping = ~self.done & ((losses < rule.loss_bound) | (self.stale >= rule.patience))
+        self.done = self.done | stopping
+        return stopping
+
+    def _exhausted(self) -> Tensor:
+        """Which rows have taken their last step, `(B,)`: `_SPENT`, or `_BROKEN` where it broke the value; else 0."""
+        last = self.schedule.n_steps - 1
+        if not any(len(losses) == last for losses in self.losses):
+            return torch.zeros_like(self.steps)
+        exhausted = ~self.done & (self.steps == self.schedule.n_steps)
+        finite = torch.stack([leaf.flatten(1).isfinite().all(dim=1) for leaf in self.leaves.values()]).all(dim=0)
+        self.done = self.done | exhausted
+        return exhausted * torch.where(finite, _SPENT, _BROKEN)
 
     def _update(self, gradients: Value) -> None:
         """Adam on every row that is not done, with the row's own step count (torch.optim.Adam's arithmetic)."""
@@ -190,63 +202,59 @@ class _Rows:
             self.second_moments[name] = torch.where(kept, second, self.second_moments[name])
             self.leaves[name] = torch.where(kept, moved, self.leaves[name])
 
-    def _finish(self, rows: Tensor, finite: Tensor, *, use_best: bool) -> Iterator[tuple[Job, Trained]]:
-        chosen = rows.nonzero()[:, 0].tolist()
-        self.done = self.done | rows
-        values = self.best if use_best else self.leaves
-        for row in chosen:
-            losses = self.losses[row]
-            last = losses[-1] if losses else math.nan
-            loss = float(self.best_loss[row]) if use_best and losses else last
-            value = {name: tensor[row].clone() for name, tensor in values.items()}
-            yield self.jobs[row], Trained(value, losses, loss, int(self.steps[row]), finite=bool(finite[row]))
+    def _finish(self, row: int, best_loss: float, outcome: int) -> tuple[ValueJob, TrainedValue]:
+        """The job of a row and its value; the row counts as finished."""
+        losses = self.losses[row]
+        use_best = outcome != _SPENT or self.schedule.early_stopping is not None
+        value = {name: tensor[row].clone() for name, tensor in (self.best if use_best else self.leaves).items()}
+        last = losses[-1] if losses else math.nan
+        steps = len(losses) if outcome in (_SPENT, _BROKEN) else len(losses) - 1
+        finite = outcome not in (_FAILED, _BROKEN)
+        self.finished[row] = True
+        loss = best_loss if use_best and losses else last
+        return self.jobs[row], TrainedValue(value, losses, loss, steps, finite=finite)
 
-    def repacked(self) -> "_Rows | None":
+    def repacked(self) -> "_ValueRows | None":
         """Without the finished rows, once they are many enough to be worth it; None when nothing is left."""
-        n_done = int(self.done.sum())
+        n_done = sum(self.finished)
         if n_done == len(self):
             return None
         if n_done * _REPACK_SHARE < len(self):
             return self
-        rows = (~self.done).nonzero()[:, 0]
-        chosen = rows.tolist()
-        return self._with(
-            [self.jobs[row] for row in chosen],
-            self.states.select(rows),
-            [self.losses[row] for row in chosen],
-            lambda tensor, _other: tensor[rows],
+        kept = [row for row, finished in enumerate(self.finished) if not finished]
+        rows = torch.tensor(kept, device=self.steps.device)
+        return replace(
             self,
+            jobs=[self.jobs[row] for row in kept],
+            states=self.states.select(rows),
+            losses=[self.losses[row] for row in kept],
+            finished=[False] * len(kept),
+            **_combined(lambda tensor: tensor[rows], self),
         )
 
-    def joined(self, other: "_Rows") -> "_Rows":
+    def joined(self, other: "_ValueRows") -> "_ValueRows":
         """These rows and then the others."""
-        jobs, losses = self.jobs + other.jobs, self.losses + other.losses
-        return self._with(jobs, self.states.joined(other.states), losses, lambda a, b: torch.cat([a, b]), other)
-
-    def _with(
-        self,
-        jobs: list[Job],
-        states: UpperStates,
-        losses: list[list[float]],
-        combine: Callable[[Tensor, Tensor], Tensor],
-        other: "_Rows",
-    ) -> "_Rows":
-        def both(name: str) -> Any:
-            mine, its = getattr(self, name), getattr(other, name)
-            if isinstance(mine, dict):
-                return {key: combine(mine[key], its[key]) for key in mine}
-            return combine(mine, its)
-
-        tensors = ("leaves", "first_moments", "second_moments", "best", "best_loss", "steps", "stale", "done")
-        return _Rows(
-            jobs=jobs,
-            states=states,
-            losses=losses,
-            upper=self.upper,
-            added=self.added,
-            schedule=self.schedule,
-            **{name: both(name) for name in tensors},
+        return replace(
+            self,
+            jobs=self.jobs + other.jobs,
+            states=self.states.joined(other.states),
+            losses=self.losses + other.losses,
+            finished=self.finished + other.finished,
+            **_combined(lambda *tensors: torch.cat(tensors), self, other),
         )
+
+
+def _combined(combine: Callable[..., Tensor], *parts: _ValueRows) -> dict[str, Any]:
+    """What `combine` makes of each tensor of some rows."""
+
+    def combined(name: str) -> Any:
+        tensors = [getattr(part, name) for part in parts]
+        if isinstance(tensors[0], dict):
+            return {key: combine(*(value[key] for value in tensors)) for key in tensors[0]}
+        return combine(*tensors)
+
+    names = ("leaves", "first_moments", "second_moments", "best", "best_loss", "steps", "stale", "done")
+    return {name: combined(name) for name in names}
 
 
 def _like(rows: Tensor, tensor: Tensor) -> Tensor:

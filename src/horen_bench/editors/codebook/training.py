@@ -1,7 +1,8 @@
 """Training one entry's value with the base model frozen (paper E.4.1): the plain path, one edit at a time."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -9,28 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from horen_bench.errors import UserError
+from horen_bench.editors.codebook.config import EarlyStopping
 from horen_bench.models.prompt_hook import PromptHook, Respond
 from horen_bench.prompts import EncodedEdit, announced_prompt
 
 Value = dict[str, Tensor]
-
-
-@dataclass(frozen=True, slots=True)
-class EarlyStopping:
-    """When to stop before the last step.
-
-    Attributes:
-        loss_bound: stop once the mean token cross-entropy (nats) is below this.
-        patience: stop after this many steps in a row without a new lowest loss.
-    """
-
-    loss_bound: float
-    patience: int
-
-    def __post_init__(self) -> None:
-        if self.patience < 1:
-            raise UserError(f"method.early_stopping.patience must be at least 1, got {self.patience}")
+# Puts values `(R, ...)` into outputs `(B, T, d)` at the prompts, bool `(B, T)`, of rows `(R,)`.
+Write = Callable[[Tensor, Tensor, Value, Tensor], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,15 +27,24 @@ class Schedule:
     n_steps: int
     early_stopping: EarlyStopping | None
 
-    def __post_init__(self) -> None:
-        if not self.learning_rate > 0:
-            raise UserError(f"the learning_rate of method.vector and method.lora must be > 0, got {self.learning_rate}")
-        if self.n_steps < 0:
-            raise UserError(f"method.n_steps must not be negative, got {self.n_steps}")
+
+@dataclass(frozen=True, slots=True)
+class ValueJob:
+    """One value to train.
+
+    Attributes:
+        position: identifies the job to the caller.
+        edit: prompt and target.
+        start: the value to start from, on the CPU or the model's device.
+    """
+
+    position: int
+    edit: EncodedEdit
+    start: Value
 
 
 @dataclass(frozen=True, slots=True)
-class Trained:
+class TrainedValue:
     """A trained value.
 
     Attributes:
@@ -67,7 +62,7 @@ class Trained:
     finite: bool
 
 
-def train_value(value: Mapping[str, Tensor], loss_of: Callable[[Value], Tensor], schedule: Schedule) -> Trained:
+def train_value(value: Mapping[str, Tensor], loss_of: Callable[[Value], Tensor], schedule: Schedule) -> TrainedValue:
     """Minimise `loss_of` over a value with a fresh Adam.
 
     The release takes all `n_steps` (`early_stopping=None`). With early stopping the loss is looked at
@@ -76,38 +71,67 @@ def train_value(value: Mapping[str, Tensor], loss_of: Callable[[Value], Tensor],
     rule, n_steps = schedule.early_stopping, schedule.n_steps
     leaves = {name: tensor.detach().clone().requires_grad_() for name, tensor in value.items()}
     optimizer = torch.optim.Adam(leaves.values(), lr=schedule.learning_rate)
-    best = Trained(_copy(leaves), [], math.inf, 0, finite=True)
+    best = TrainedValue(_copy(leaves), [], math.inf, 0, finite=True)
     losses: list[float] = []
     stale = 0
     for step in range(n_steps):
         loss = loss_of(leaves)
         losses.append(loss.item())
         if not math.isfinite(losses[-1]):
-            return Trained(best.value, losses, best.loss, step, finite=False)
+            return TrainedValue(best.value, losses, best.loss, step, finite=False)
         stale = 0 if losses[-1] < best.loss else stale + 1
         if losses[-1] < best.loss or rule is None:
-            best = Trained(_copy(leaves), losses, losses[-1], step, finite=True)
+            best = TrainedValue(_copy(leaves), losses, losses[-1], step, finite=True)
         if rule and (losses[-1] < rule.loss_bound or stale >= rule.patience):
-            return Trained(best.value, losses, best.loss, step, finite=True)
+            return TrainedValue(best.value, losses, best.loss, step, finite=True)
         for leaf, gradient in zip(leaves.values(), torch.autograd.grad(loss, list(leaves.values())), strict=True):
             leaf.grad = gradient
         optimizer.step()
-    sound = all(bool(leaf.isfinite().all()) for leaf in leaves.values())
-    if rule or not sound:
-        return Trained(best.value, losses, best.loss, n_steps, finite=sound)
-    return Trained(_copy(leaves), losses, losses[-1] if losses else math.nan, n_steps, finite=True)
+    finite = all(bool(leaf.isfinite().all()) for leaf in leaves.values())
+    if rule or not finite:
+        return TrainedValue(best.value, losses, best.loss, n_steps, finite=finite)
+    return TrainedValue(_copy(leaves), losses, losses[-1] if losses else math.nan, n_steps, finite=True)
+
+
+def train_on_whole_model(
+    job: ValueJob, model: PreTrainedModel, hook: PromptHook, write: Write, schedule: Schedule
+) -> TrainedValue:
+    """One value on the whole model, one sequence at a time: the path that the fast one is compared with."""
+
+    def loss_of(value: Value) -> Tensor:
+        def respond(_inputs: Tensor, outputs: Tensor, prompts: Tensor) -> Tensor:
+            row = {name: tensor[None] for name, tensor in value.items()}
+            return write(outputs, prompts, row, outputs.new_zeros(1, dtype=torch.long))
+
+        return edit_loss(model, hook, job.edit, respond)
+
+    return train_value(job.start, loss_of, schedule)
 
 
 def edit_loss(model: PreTrainedModel, hook: PromptHook, edit: EncodedEdit, respond: Respond) -> Tensor:
-    """Mean token cross-entropy (nats) of the target given the prompt, with `respond` acting at the prompt.
-
-    The whole model runs on the whole sequence: the plain path that every faster one is compared with.
-    """
+    """Mean token cross-entropy (nats) of the target given the prompt, with `respond` acting at the prompt."""
     ids = torch.tensor([edit.ids], device=model.device)
     mask = torch.arange(ids.shape[1], device=ids.device)[None] < len(edit.prompt)
     with announced_prompt(mask), hook.responding(respond):
         logits = model(input_ids=ids, use_cache=False).logits[0, len(edit.prompt) - 1 : -1]
     return F.cross_entropy(logits.float(), torch.tensor(edit.target, device=logits.device))
+
+
+def waves(entries: Mapping[int, int]) -> Iterator[dict[int, int]]:
+    """Edits in the order in which values can be trained: those of one entry one after the other, others side by side.
+
+    Args:
+        entries: the entry that each edit, by position, is written to.
+
+    Yields:
+        The same for the next edit of every entry that has one left.
+    """
+    chains: dict[int, deque[int]] = {}
+    for position, entry in entries.items():
+        chains.setdefault(entry, deque()).append(position)
+    while chains:
+        yield {chain.popleft(): entry for entry, chain in chains.items()}
+        chains = {entry: chain for entry, chain in chains.items() if chain}
 
 
 def _copy(value: Mapping[str, Tensor]) -> Value:

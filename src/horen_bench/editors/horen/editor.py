@@ -1,99 +1,47 @@
 """HoReN: a codebook read by normalized Hopfield retrieval (arXiv 2605.08143).
 
-What it shares with other codebook editors (query, value, training, state) is in `memory/editor.py`; here is how it
+What it shares with other codebook editors (query, value, training, state) is in `codebook/editor.py`; here is how it
 routes (sections 2.2-2.4). Shapes: `B` queries, `m` their size, `C` entries.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from horen_bench.editors.base import check_choice
+from horen_bench.editors.codebook import compat
 from horen_bench.editors.codebook.adaptors import Adaptor, LoraAdaptor, VectorAdaptor
-from horen_bench.editors.codebook.editor import (
-    CodebookEditor,
-    Decision,
-    Engine,
-    LabelRule,
-    Matches,
-)
+from horen_bench.editors.codebook.editor import CodebookEditor
 from horen_bench.editors.codebook.hopfield import refine, similarities
-from horen_bench.errors import UserError
+from horen_bench.editors.codebook.queries import in_words
+from horen_bench.editors.codebook.routing import Agreement, Decision, Matches, RouterDescription, same_tokens
+from horen_bench.editors.horen.config import HorenConfig
 from horen_bench.prompts import EncodedEdit
 
 # Identical keys give equal scores up to the order of a dot product's additions; scores this close are a tie.
 _TIE = 1e-6
 
 
-class HorenEditor(CodebookEditor):
-    """HoReN on one model.
+class HorenEditor(CodebookEditor[HorenConfig]):
+    """HoReN on one model."""
 
-    Args:
-        model: a causal language model; its weights are never changed.
-        tokenizer: its tokenizer.
-        seed: seeds the initial values.
-        module: dotted path of the hooked linear module.
-        threshold: tau; an entry acts if its score is strictly above it. A cosine in [-1, 1] if `normalize`.
-        pooling_ratio: rho in [0, 1], share of the prompt's tokens, from the end, that make the query.
-        normalize: project queries, keys and retrievals to the unit sphere; False is Table 10's ablation.
-        hopfield: `beta` (> 0), `alpha` in [0, 1], `steps` (>= 0; 0: plain nearest key) and `eps` of the retrieval.
-        adaptor: `vector` or `lora`, the form of a value.
-        vector: `learning_rate` of vector values.
-        lora: `learning_rate`, `rank` and `scale` of LoRA values.
-        n_steps: as for `CodebookEditor`, like all that follow.
-        early_stopping: `loss_bound` and `patience`, or None.
-        label_rule: `tokens` or `release`.
-        engine: `parallel` or `sequential`.
-        train_batch: values trained side by side, or None.
+    agreements: ClassVar[Mapping[str, Agreement]] = {"tokens": same_tokens, "release": compat.same_row_mean}
 
-    Raises:
-        UserError: the model has no such module, or a constant is out of its range.
-    """
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        seed: int,
-        module: str,
-        threshold: float,
-        pooling_ratio: float,
-        normalize: bool,
-        hopfield: Mapping[str, Any],
-        adaptor: Literal["vector", "lora"],
-        vector: Mapping[str, Any],
-        lora: Mapping[str, Any],
-        n_steps: int,
-        early_stopping: Mapping[str, Any] | None,
-        label_rule: LabelRule,
-        engine: Engine,
-        train_batch: int | None,
-    ) -> None:
-        check_choice("method.adaptor", adaptor, ("vector", "lora"))
-        _check_ranges(threshold, normalize, hopfield)
-        self.threshold = threshold
-        self.hopfield = dict(hopfield)
-        super().__init__(
-            model,
-            tokenizer,
-            seed=seed,
-            module=module,
-            pooling_ratio=pooling_ratio,
-            normalize=normalize,
-            adaptor=lambda size: _adaptor(adaptor, size, vector, lora),
-            n_steps=n_steps,
-            early_stopping=early_stopping,
-            label_rule=label_rule,
-            engine=engine,
-            train_batch=train_batch,
-        )
+    def new_adaptor(self, size: int) -> Adaptor:
+        """A vector, or a LoRA map."""
+        if self.config.adaptor == "vector":
+            return VectorAdaptor(size, self.config.vector.learning_rate)
+        lora = self.config.lora
+        return LoraAdaptor(size, lora.learning_rate, lora.rank, lora.scale)
 
     # --- Match (2.3): damped Hopfield refinement, strict threshold, newest entry wins ties -------------
+
+    def refined(self, queries: Tensor, hidden: Tensor | None = None) -> Tensor:
+        """Queries `(B, m)` after the Hopfield steps towards the keys; `hidden` as for `match`."""
+        steps = dict(self.config.hopfield)
+        return refine(queries, self.codebook.keys, normalize=self.config.normalize, hidden=hidden, **steps)
 
     def match(self, queries: Tensor, hidden: Tensor | None = None) -> Matches:
         """Route queries `(B, m)` against the codebook, which must hold an entry.
@@ -103,11 +51,25 @@ class HorenEditor(CodebookEditor):
             hidden: bool `(B, C)`, true where a query does not see an entry; None: it sees all.
         """
         keys = self.codebook.keys
-        refined = refine(queries, keys, normalize=self.normalize, hidden=hidden, **self.hopfield)
-        scores = similarities(refined, keys, hidden)
+        scores = similarities(self.refined(queries, hidden), keys, hidden)
         best = scores.amax(dim=1, keepdim=True)
         newest = keys.shape[0] - 1 - (scores >= best - _TIE).flip(dims=[1]).int().argmax(dim=1)
-        return Matches(newest, best[:, 0], best[:, 0] > self.threshold)
+        return Matches(newest, best[:, 0], best[:, 0] > self.config.threshold)
+
+    def similarity(self, queries: Tensor, keys: Tensor) -> Tensor:
+        """Inner product of each refined query with its key, `(B,)`; a cosine if `normalize`."""
+        products: Tensor = torch.linalg.vecdot(self.refined(queries), keys.float())
+        return products
+
+    def describe_router(self) -> RouterDescription:
+        """Pooling, number of Hopfield steps, threshold."""
+        steps = f"T = {self.config.hopfield.steps}"
+        return RouterDescription(
+            stage=f"{in_words(self.config.pooling_ratio)}, {steps}",
+            measure="cosine" if self.config.normalize else "inner product",
+            threshold=self.config.threshold,
+            rule=f"Hopfield, {steps}",
+        )
 
     # --- Writing (2.4): insert, or fine-tune the matched entry -----------------------------------------
 
@@ -140,20 +102,3 @@ class HorenEditor(CodebookEditor):
                 return [*decisions, Decision("fine_tuned", route.entry, route)]
             decisions.append(Decision("conflict" if route.matched else "inserted", before + i, route))
         return decisions
-
-
-def _adaptor(kind: str, size: int, vector: Mapping[str, Any], lora: Mapping[str, Any]) -> Adaptor:
-    return VectorAdaptor(size, **vector) if kind == "vector" else LoraAdaptor(size, **lora)
-
-
-def _check_ranges(threshold: float, normalize: bool, hopfield: Mapping[str, Any]) -> None:
-    if normalize and not -1 <= threshold <= 1:
-        raise UserError(f"method.threshold must be in [-1, 1], got {threshold}; scores of unit vectors are cosines")
-    if set(hopfield) != {"beta", "alpha", "steps", "eps"}:
-        raise UserError(f"method.hopfield must have beta, alpha, steps and eps, got {', '.join(map(str, hopfield))}")
-    if not hopfield["beta"] > 0:
-        raise UserError(f"method.hopfield.beta must be > 0, got {hopfield['beta']}")
-    if not 0 <= hopfield["alpha"] <= 1:
-        raise UserError(f"method.hopfield.alpha must be in [0, 1], got {hopfield['alpha']}")
-    if hopfield["steps"] < 0 or hopfield["eps"] < 0:
-        raise UserError(f"method.hopfield.steps and .eps must not be negative, got {dict(hopfield)}")

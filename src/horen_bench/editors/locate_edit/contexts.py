@@ -1,4 +1,4 @@
-"""Contexts: short beginnings, written by the model itself, that a fact is told after."""
+"""Contexts: short beginnings, written by the model itself, that a prompt is put after."""
 
 import json
 import unicodedata
@@ -7,16 +7,16 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
-from horen_bench.prompts import encode_prompts, pad, pad_id_of
+from horen_bench.prompts import PromptEncoder, pad
 
 _SEEDS = ("The", "Therefore", "Because", "I", "You")
 _TOP_K = 5
 
 
 @dataclass(frozen=True, slots=True)
-class Share:
+class ContextShare:
     """What one context counts in the mean log-likelihood and in the mean key."""
 
     likelihood: float
@@ -33,16 +33,16 @@ class Contexts:
 
     groups: tuple[tuple[str, ...], ...]
 
-    def shares(self) -> dict[str, Share]:
+    def shares(self) -> dict[str, ContextShare]:
         """The distinct texts in order of first use, with what they count: equal rows need to be run only once."""
         n_texts = sum(map(len, self.groups))
-        found: dict[str, Share] = {}
+        shares: dict[str, ContextShare] = {}
         for group in self.groups:
             for text in group:
-                old = found.get(text, Share(0.0, 0.0))
+                old = shares.get(text, ContextShare(0.0, 0.0))
                 key = 1 / (len(self.groups) * len(group))
-                found[text] = Share(old.likelihood + 1 / n_texts, old.key + key)
-        return found
+                shares[text] = ContextShare(old.likelihood + 1 / n_texts, old.key + key)
+        return shares
 
     def to_tensor(self) -> Tensor:
         """The texts as UTF-8 JSON, uint8."""
@@ -60,7 +60,7 @@ class Contexts:
 
 
 def generate_contexts(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, lengths: Sequence[Sequence[int]], seed: int
+    model: PreTrainedModel, encoder: PromptEncoder, lengths: Sequence[Sequence[int]], seed: int
 ) -> list[str]:
     """Let the model continue five seed words, top-5 sampling at temperature 1.
 
@@ -69,7 +69,7 @@ def generate_contexts(
 
     Args:
         model: in the state that the texts shall come from, usually unedited.
-        tokenizer: its tokenizer.
+        encoder: of its tokenizer.
         lengths: pairs `(tokens, texts)`; `tokens` counts BOS and seed word, `texts` is rounded down to a multiple of 5.
         seed: of the draws.
     """
@@ -77,8 +77,8 @@ def generate_contexts(
     texts: list[str] = []
     for n_tokens, n_texts in lengths:
         seeds = [word for word in _SEEDS for _ in range(n_texts // len(_SEEDS))]
-        rows = _continue(model, encode_prompts(tokenizer, seeds), n_tokens, pad_id_of(tokenizer), generator)
-        texts += [_clean(tokenizer.decode(row, skip_special_tokens=True)) for row in rows]
+        rows = _continue(model, encoder.prompts(seeds), n_tokens, encoder.pad_id, generator)
+        texts += [_clean(encoder.tokenizer.decode(row, skip_special_tokens=True)) for row in rows]
     return texts
 
 

@@ -3,90 +3,72 @@
 import time
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from horen_bench.cases import EditCase
-from horen_bench.editors.base import Editor, EditRecord, check_choice
-from horen_bench.editors.locate_edit.contexts import Contexts
-from horen_bench.editors.locate_edit.requests import Refused, Request, Row, all_finite, request_of, rows_of
+from horen_bench.cases import EditCase, EditRecord
+from horen_bench.editors.base import Editor
+from horen_bench.editors.locate_edit.config import LocateEditConfig
+from horen_bench.editors.locate_edit.contexts import Contexts, generate_contexts
+from horen_bench.editors.locate_edit.requests import PromptRow, Refused, Request, request_of, rows_of
 from horen_bench.editors.locate_edit.target_vector import (
-    Hidden,
-    Objective,
-    Reading,
-    UpperModel,
-    WholeModel,
-    last_loss,
-    optimise,
+    PerturbedModel,
+    PerturbedUpperLayers,
+    PerturbedWholeModel,
+    TargetVectors,
+    train_target_vectors,
 )
+from horen_bench.editors.shared.second_moments import SecondMoment, second_moments
 from horen_bench.errors import UserError
 from horen_bench.models.architecture import decoder_layer_index
-from horen_bench.models.partial import NotSupportedError, UpperLayers
-from horen_bench.models.surgery import PristineWeights
+from horen_bench.models.partial import FastPath, UpperLayers
+from horen_bench.models.surgery import PristineWeights, all_finite
+from horen_bench.prompts import PromptEncoder
 
-Engine = Literal["cached", "sequential"]
+LocateEditConfigT = TypeVar("LocateEditConfigT", bound=LocateEditConfig)
 
 
-class RewritingEditor(Editor):
+class LocateEditEditor(Editor[LocateEditConfigT]):
     """A method that writes facts into down-projections, `W <- W + dW`, `W` `(d, m)`.
 
-    Args:
-        model: a causal language model.
-        tokenizer: its tokenizer.
-        seed: of the contexts.
-        modules: dotted paths of the down-projections, lowest layer first.
-        where: the configuration key that holds them, for messages.
-        target_module: dotted path of the module whose output the hidden vector belongs to.
-        hidden: constants of `Objective`.
-        contexts: groups of texts before the prompt, or None to have the model write them at the first edit.
-        batch_size: facts that are written in one turn.
-        engine: `cached` runs the layers above the target module on cached states and solves small systems;
-            `sequential` runs the whole model and solves the systems as they are published.
-
     Raises:
-        UserError: a module is missing, or a constant is out of its range.
-    """
+        UserError: a module is missing or in no numbered layer, or the layers are not in ascending order.
 
-    needs_subject: ClassVar[bool] = True
+    Attributes:
+        pristine: the rewritten weights, and as they were received.
+        contexts: texts before a prompt; None until the model has written them.
+        n_edits: cases so far.
+        n_same_subject: cases whose subject another case of the same turn has.
+    """
 
     def __init__(
         self,
         model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: PreTrainedTokenizerBase | PromptEncoder,
+        config: LocateEditConfigT,
         *,
-        seed: int,
-        modules: Sequence[str],
-        where: str,
-        target_module: str,
-        hidden: Mapping[str, Any],
-        contexts: Sequence[Sequence[str]] | None,
-        batch_size: int,
-        engine: Engine,
+        seed: int = 0,
     ) -> None:
-        check_choice("method.engine", engine, ("cached", "sequential"))
-        if not (isinstance(batch_size, int) and batch_size > 0):
-            raise UserError(f"method.batch_size must be a whole number of at least 1, got {batch_size!r}")
-        self.model = model
-        self.tokenizer = tokenizer
-        self.seed = seed
-        self.pristine = PristineWeights(model, modules, where=where)
-        layers = [_layer_of(path, where) for path in modules]
+        super().__init__(model, tokenizer, config, seed=seed)
+        paths = config.projections
+        self.pristine = PristineWeights(model, paths, where=config.where)
+        layers = [_layer_of(path, config.where) for path in paths]
         if layers != sorted(layers):
-            raise UserError(f"{where} must name the lowest layer first, got layers {layers}")
-        self.engine = engine
-        self.objective = Objective(**hidden)
-        self.contexts = None if contexts is None else Contexts.given(contexts)
-        self.slice_size = self._batch_size = batch_size
+            raise UserError(f"{config.where} must name the lowest layer first, got layers {layers}")
+        self.slice_size = config.edits_per_turn
+        self.contexts = None if config.contexts is None else Contexts.given(config.contexts)
         self.n_edits = 0
         self.n_same_subject = 0
-        self._projections: dict[str, nn.Module] = {path: model.get_submodule(path) for path in modules}
-        self._target = model.get_submodule(target_module)
-        self._target_layer = layers[-1]
-        self._upper: UpperLayers | None = None
-        self._no_upper: str | None = None
+        self._projections: dict[str, nn.Module] = {path: model.get_submodule(path) for path in paths}
+        self._target = model.get_submodule(self._target_path)
+        self._fast = FastPath(
+            lambda: UpperLayers(model, self._target_path),
+            "target vectors were trained on the whole model",
+            wanted=config.engine == "cached",
+        )
         self._ready = False
 
     @property
@@ -96,16 +78,21 @@ class RewritingEditor(Editor):
 
     # --- The method ------------------------------------------------------------------------------------
 
+    @property
+    def _target_path(self) -> str:
+        """Dotted path of the module whose output the target vector belongs to."""
+        return self.config.projections[-1]
+
     @abstractmethod
     def _prepare(self) -> None:
         """Read what the method needs of the model as received; called once, before anything is written."""
 
     @abstractmethod
-    def _new_contexts(self) -> Contexts:
-        """Have the model, as received, write the contexts."""
+    def _grouped(self, texts: list[str]) -> list[list[str]]:
+        """Contexts, in groups, that are made of texts that the model wrote."""
 
     @abstractmethod
-    def _write(self, rows: Sequence[Row], reading: Reading, hidden: Hidden) -> None:
+    def _write(self, rows: Sequence[PromptRow], model: PerturbedModel, vectors: TargetVectors) -> None:
         """Write one turn of requests.
 
         Raises:
@@ -119,8 +106,8 @@ class RewritingEditor(Editor):
         if not cases:
             return []
         self._get_ready()
-        turns = range(0, len(cases), self._batch_size)
-        return [record for start in turns for record in self._turn(cases[start : start + self._batch_size])]
+        size = self.config.edits_per_turn
+        return [record for start in range(0, len(cases), size) for record in self._turn(cases[start : start + size])]
 
     def _turn(self, cases: Sequence[EditCase]) -> list[EditRecord]:
         """Write one turn; what cannot be written is refused by name and the rest goes on."""
@@ -129,17 +116,17 @@ class RewritingEditor(Editor):
         requests: dict[int, Request] = {}
         for i, case in enumerate(cases):
             try:
-                requests[i] = request_of(self.tokenizer, case)
+                requests[i] = request_of(self.encoder, case)
             except Refused as reason:
                 problems[i] = str(reason)
-        found = self._write_requests(requests, problems)
+        outcomes = self._write_requests(requests, problems)
         self.n_edits += len(cases)
         self.n_same_subject += len(requests) - len({request.subject for request in requests.values()})
         seconds = (time.perf_counter() - started) / len(cases)
         return [
             EditRecord(case.id, "failed", None, None, float("nan"), 0, seconds, problems[i])
             if i in problems
-            else EditRecord(case.id, "inserted", None, None, found[i][0], found[i][1], seconds)
+            else EditRecord(case.id, "inserted", None, None, *outcomes[i], seconds)
             for i, case in enumerate(cases)
         ]
 
@@ -147,25 +134,25 @@ class RewritingEditor(Editor):
         self, requests: Mapping[int, Request], problems: dict[int, str]
     ) -> dict[int, tuple[float, int]]:
         """Write what can be written; loss and steps by position, and the reason of each refusal in `problems`."""
-        while chosen := {i: request for i, request in requests.items() if i not in problems}:
-            rows = self._rows(list(chosen.values()))
-            reading = self._reading(rows)
-            hidden = optimise(reading, self.objective)
-            bad = [i for i, vector in zip(chosen, hidden.target, strict=True) if not all_finite(vector)]
+        while left := {i: request for i, request in requests.items() if i not in problems}:
+            rows = self._rows(list(left.values()))
+            model = self._perturbed_model(rows)
+            vectors = train_target_vectors(model, self.config.hidden)
+            bad = [i for i, vector in zip(left, vectors.target, strict=True) if not all_finite(vector)]
             if bad:
-                problems |= dict.fromkeys(bad, "the optimised hidden vector is not finite")
+                problems |= dict.fromkeys(bad, "the trained target vector is not finite")
                 continue
             before = {path: weight.detach().clone() for path, weight in self.pristine.weights.items()}
             try:
-                self._write(rows, reading, hidden)
+                self._write(rows, model, vectors)
             except Refused as reason:
                 self._put_back(before)
-                problems |= dict.fromkeys(chosen, str(reason))
+                problems |= dict.fromkeys(left, str(reason))
                 return {}
             except BaseException:
                 self._put_back(before)
                 raise
-            return {i: (last_loss(hidden, k), len(hidden.losses[k]) - 1) for k, i in enumerate(chosen)}
+            return {i: (vectors.last_nll(k), len(vectors.losses[k]) - 1) for k, i in enumerate(left)}
         return {}
 
     @torch.no_grad()
@@ -189,32 +176,28 @@ class RewritingEditor(Editor):
 
     # --- Reading the model -----------------------------------------------------------------------------
 
-    def _rows(self, requests: Sequence[Request]) -> list[Row]:
+    def _moments(self) -> dict[str, SecondMoment]:
+        """Second moments of what enters the down-projections on general text, by path."""
+        return second_moments(self.model, self.encoder, self.config.projections, self.config.statistics)
+
+    def _rows(self, requests: Sequence[Request]) -> list[PromptRow]:
         if self.contexts is None:  # `_get_ready` makes them
             raise RuntimeError("no contexts")
-        return rows_of(self.tokenizer, requests, self.contexts)
+        return rows_of(self.encoder, requests, self.contexts)
 
-    def _reading(self, rows: Sequence[Row]) -> Reading:
-        upper = self._upper_layers() if self.engine == "cached" else None
+    def _perturbed_model(self, rows: Sequence[PromptRow]) -> PerturbedModel:
+        upper = self._fast.layers()
         if upper is None:
-            return WholeModel(self.model, self._target, self._projections, rows)
-        return UpperModel(upper, self._projections, rows)
-
-    def _upper_layers(self) -> UpperLayers | None:
-        """The layers above the target module, or None where the model does not fit; then `warnings` says so."""
-        if self._upper is None and self._no_upper is None:
-            try:
-                self._upper = UpperLayers(self.model, self._target, self._target_layer)
-            except NotSupportedError as reason:
-                self._no_upper = f"hidden vectors were trained on the whole model: {reason}"
-        return self._upper
+            return PerturbedWholeModel(self.model, self._target, self._projections, rows)
+        return PerturbedUpperLayers(upper, self._projections, rows)
 
     def _get_ready(self) -> None:
         """Statistics and contexts come from the model as received, so this is done before anything is written."""
         if not self._ready:
             self._prepare()
             if self.contexts is None:
-                self.contexts = self._new_contexts()
+                texts = generate_contexts(self.model, self.encoder, self.config.context_lengths, self.seed)
+                self.contexts = Contexts.given(self._grouped(texts))
             self._ready = True
 
     # --- State -----------------------------------------------------------------------------------------
@@ -250,15 +233,16 @@ class RewritingEditor(Editor):
 
     def warnings(self) -> list[str]:
         """Whether the slow path was taken, the size of a turn, and facts about one subject in the same turn."""
-        found = [self._no_upper] if self._no_upper else []
-        if self._batch_size > 1:
-            found.append(f"edits are written in turns of {self._batch_size}; a turn ends at each checkpoint")
+        warnings = self._fast.warnings()
+        if self.config.edits_per_turn > 1:
+            size = self.config.edits_per_turn
+            warnings.append(f"edits are written in turns of {size}; a turn ends at each checkpoint")
         if self.n_same_subject:
-            found.append(
+            warnings.append(
                 f"edits whose subject an earlier edit of the same turn has: {self.n_same_subject}; where their keys are"
                 " alike, their targets average out"
             )
-        return found
+        return warnings
 
 
 def _layer_of(path: str, where: str) -> int:

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
-from horen_bench.editors.shared.second_moments import SecondMoment
+from horen_bench.editors.shared.second_moments import SecondMoment, saved_tensors
 from horen_bench.errors import UserError
 from horen_bench.results.atomic import replacing
 
@@ -55,8 +54,8 @@ def null_space(moment: SecondMoment, threshold: float, cached: Path | None, devi
     Raises:
         UserError: no direction is free.
     """
-    protected = _load(cached, len(moment.total))
-    if protected is None:
+    protected = saved_tensors(cached, "protected").get("protected")
+    if protected is None or len(protected) != len(moment.total):
         values, vectors = torch.linalg.eigh(moment.mean.to(device, torch.float64))
         protected = vectors[:, values >= threshold].float().contiguous()
         if cached is not None:
@@ -69,17 +68,6 @@ def null_space(moment: SecondMoment, threshold: float, cached: Path | None, devi
             "could be written; raise it"
         )
     return space
-
-
-def _load(path: Path | None, m: int) -> Tensor | None:
-    """Cached directions; None where there are none, or damaged ones, which are then computed again."""
-    if path is None or not path.exists():
-        return None
-    try:
-        protected = load_file(path)["protected"]
-    except (SafetensorError, OSError, KeyError):
-        return None
-    return protected if protected.shape[0] == m else None
 
 
 class KeyMemory:

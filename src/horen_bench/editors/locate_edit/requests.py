@@ -1,15 +1,11 @@
-"""Requests: a fact with its subject found in the prompt, and the token rows that say it in many contexts."""
+"""Requests: a fact with its subject found in the prompt, and the token rows that hold it in many contexts."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
-from transformers import PreTrainedTokenizerBase
-
 from horen_bench.cases import EditCase
 from horen_bench.editors.locate_edit.contexts import Contexts
-from horen_bench.prompts import encode_continuations, encode_prompts
+from horen_bench.prompts import PromptEncoder
 
 _ESSENCE = " is a"  # after the subject: the sentence whose meaning the edit must leave alone
 
@@ -29,7 +25,7 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class PromptRow:
     """One sequence of tokens about a request.
 
     Attributes:
@@ -54,7 +50,7 @@ class Row:
         return self.ids[: self.subject + 1]
 
 
-def request_of(tokenizer: PreTrainedTokenizerBase, case: EditCase) -> Request:
+def request_of(encoder: PromptEncoder, case: EditCase) -> Request:
     """Find the subject in a case's prompt.
 
     Raises:
@@ -70,29 +66,24 @@ def request_of(tokenizer: PreTrainedTokenizerBase, case: EditCase) -> Request:
     if n_places > 1:
         raise Refused(f"the subject {case.subject!r} occurs {n_places} times in the prompt, so its place is not clear")
     before, _, after = case.prompt.partition(case.subject)
-    return Request(before, case.subject, after, tuple(encode_continuations(tokenizer, [case.target])[0]))
+    return Request(before, case.subject, after, tuple(encoder.continuations([case.target])[0]))
 
 
-def rows_of(tokenizer: PreTrainedTokenizerBase, requests: Sequence[Request], contexts: Contexts) -> list[Row]:
+def rows_of(encoder: PromptEncoder, requests: Sequence[Request], contexts: Contexts) -> list[PromptRow]:
     """The rows of each request: one per distinct context, the bare prompt first, and the essence's last."""
-    return [row for owner, request in enumerate(requests) for row in _rows(tokenizer, request, contexts, owner)]
+    return [row for owner, request in enumerate(requests) for row in _rows(encoder, request, contexts, owner)]
 
 
-def _rows(tokenizer: PreTrainedTokenizerBase, request: Request, contexts: Contexts, owner: int) -> list[Row]:
+def _rows(encoder: PromptEncoder, request: Request, contexts: Contexts, owner: int) -> list[PromptRow]:
     shares = contexts.shares()
     starts = [prefix + request.before + request.subject for prefix in shares]
     texts = [*(start + request.after for start in starts), request.subject + _ESSENCE]
-    encoded = encode_prompts(tokenizer, [*texts, *starts, request.subject])
+    encoded = encoder.prompts([*texts, *starts, request.subject])
     sentences, upto = encoded[: len(texts)], encoded[len(texts) :]
     last = [len(ids) - 1 for ids in upto]
     fed = request.target[:-1]
     rows = [
-        Row((*ids, *fed), at, owner, request.target, share.likelihood, share.key)
-        for ids, at, share in zip(sentences[:-1], last[:-1], shares.values(), strict=True)
+        PromptRow((*ids, *fed), subject, owner, request.target, share.likelihood, share.key)
+        for ids, subject, share in zip(sentences[:-1], last[:-1], shares.values(), strict=True)
     ]
-    return [*rows, Row(tuple(sentences[-1]), last[-1], owner, (), 0.0, 0.0)]
-
-
-def all_finite(*tensors: Tensor) -> bool:
-    """Whether no number is NaN or infinite."""
-    return all(math.isfinite(float(tensor.detach().abs().sum())) for tensor in tensors)
+    return [*rows, PromptRow(tuple(sentences[-1]), last[-1], owner, (), 0.0, 0.0)]

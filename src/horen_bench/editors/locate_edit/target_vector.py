@@ -1,62 +1,35 @@
-"""The hidden vector that makes the model say the target: what ROME calls v* and MEMIT z.
+"""The target vector, which makes the model give the target: ROME's v*, MEMIT's z.
 
-A vector `delta` is added to a module's output at the subject's last token and trained by Adam. Two readings of the
-model serve it: `WholeModel` runs everything, as the published code does; `UpperModel` runs the layers above the module,
-from the subject's last token on, with logits only where they are needed.
+A vector `delta` is added to a module's output at the subject's last token and trained by Adam. `PerturbedWholeModel`
+runs everything, as the published code does; `PerturbedUpperLayers` runs the layers above the module, from the subject's
+last token on, with logits only where they are needed.
 Shapes: `B` requests of a turn, `R` rows, `T` tokens, `d` hidden size, `m` input size of a down-projection, `V`
 vocabulary.
 """
 
 import math
-from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from horen_bench.editors.locate_edit.requests import Row
-from horen_bench.errors import UserError
+from horen_bench.editors.locate_edit.config import TargetVectorTraining
+from horen_bench.editors.locate_edit.requests import PromptRow
+from horen_bench.models.hooks import ending_at, inputs_of, outputs_of, patched_output
 from horen_bench.models.partial import UpperLayers, UpperStates
-from horen_bench.prompts import Batch, EncodedEdit, pad
+from horen_bench.prompts import EncodedEdit, pad
 
 _LOSS_BOUND = 0.05  # nats; the published code stops below it
 _NO_LABEL = -100
 
 
 @dataclass(frozen=True, slots=True)
-class Objective:
-    """How `delta` is trained.
-
-    Attributes:
-        n_steps: most forward passes; the last one is not followed by a step.
-        learning_rate: Adam's.
-        weight_decay: omega, on `||delta|| / ||v0||^2`; the norm is not squared.
-        clamp: c; `||delta||` is kept below `c ||v0||`.
-        kl: kappa, on the drift of the next-token distribution at the subject in "SUBJECT is a".
-    """
-
-    n_steps: int
-    learning_rate: float
-    weight_decay: float
-    clamp: float
-    kl: float
-
-    def __post_init__(self) -> None:
-        if self.n_steps < 1:
-            raise UserError(f"method.hidden.n_steps must be at least 1, got {self.n_steps}")
-        for name in ("learning_rate", "clamp"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"method.hidden.{name} must be > 0, got {getattr(self, name)}")
-
-
-@dataclass(frozen=True, slots=True)
-class Hidden:
-    """What was found for `B` requests.
+class TargetVectors:
+    """What was trained for `B` requests.
 
     Attributes:
         initial: v0, the module's output at the subject's last token of the bare prompt, float32 `(B, d)`.
@@ -73,9 +46,19 @@ class Hidden:
         """V* or z, `(B, d)`."""
         return self.initial + self.delta
 
+    def last_nll(self, i: int) -> float:
+        """The target's mean token cross-entropy (nats) in the last forward pass of request `i`; NaN without any."""
+        return self.losses[i][-1][1] if self.losses[i] else math.nan
 
-class Reading(Protocol):
-    """A model that can be asked what it says under a `delta`.
+
+class PerturbedModel(ABC):
+    """A model that is run with a `delta` on a module's output.
+
+    Args:
+        rows: of `B` requests.
+        inputs: by down-projection, what enters it at the subject's last token, `(R, m)`.
+        outputs: the module's output there, `(R, d)`.
+        labels: int64 `(R, T)`; -100 where a position has none.
 
     Attributes:
         keys: by down-projection, the mean key of each request, float32 `(B, m)`.
@@ -83,52 +66,79 @@ class Reading(Protocol):
         initial: v0, float32 `(B, d)`.
     """
 
-    keys: dict[str, Tensor]
-    prompt_keys: dict[str, Tensor]
-    initial: Tensor
+    def __init__(
+        self, rows: Sequence[PromptRow], inputs: Mapping[str, Tensor], outputs: Tensor, labels: Tensor
+    ) -> None:
+        values = {path: x.float() for path, x in inputs.items()}
+        self.keys = mean_keys(values, rows)
+        self.prompt_keys = {path: x[bare_rows(rows)] for path, x in values.items()}
+        self.initial = outputs[bare_rows(rows)].float()
+        self._labels = labels.to(outputs.device)
+        self._owners = torch.tensor([row.owner for row in rows], device=outputs.device)
+        self._weights = torch.tensor([row.weight for row in rows], device=outputs.device)
 
     @abstractmethod
-    def read(self, delta: Tensor, open_: Tensor) -> tuple[Tensor, Tensor]:
+    def nll_and_essence(self, delta: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
         """Negative log-likelihood `(B,)` in nats and log-probabilities after the subject `(B, V)`.
 
         Args:
             delta: `(B, d)`.
-            open_: bool `(B,)`, the requests that matter; what is returned for the others is arbitrary.
+            active: bool `(B,)`, the requests that matter; what is returned for the others is arbitrary.
         """
 
+    def _summed(self, logits: Tensor, labels: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Weighted negative log-likelihood `(B,)` and the essence rows' log-probabilities `(B, V)`.
 
-def optimise(reading: Reading, objective: Objective) -> Hidden:
+        Args:
+            logits: `(N, V)` at the positions that are read.
+            labels: `(N,)`; -100 where the essence is read.
+            rows: `(N,)`, the row of each position.
+        """
+        log_probs = logits.float().log_softmax(dim=-1)
+        of_target = labels != _NO_LABEL
+        rows, essence_rows, labels = rows[of_target], rows[~of_target], labels[of_target]
+        n_labels = torch.zeros(len(self._owners), device=labels.device).index_add(
+            0, rows, torch.ones_like(rows).float()
+        )
+        share = self._weights[rows] / n_labels[rows]
+        picked = log_probs[of_target].gather(1, labels[:, None])[:, 0]
+        nll = log_probs.new_zeros(len(self.initial)).index_add(0, self._owners[rows], -share * picked)
+        essence = log_probs.new_zeros(len(self.initial), log_probs.shape[1])
+        return nll, essence.index_add(0, self._owners[essence_rows], log_probs[~of_target])
+
+
+def train_target_vectors(model: PerturbedModel, training: TargetVectorTraining) -> TargetVectors:
     """Train one `delta` per request; requests do not see each other (Adam works on each number apart)."""
-    initial = reading.initial
+    initial = model.initial
     delta = torch.zeros_like(initial, requires_grad=True)
-    adam = torch.optim.Adam([delta], lr=objective.learning_rate)
-    open_ = torch.ones(len(initial), dtype=torch.bool, device=initial.device)
+    adam = torch.optim.Adam([delta], lr=training.learning_rate)
+    active = torch.ones(len(initial), dtype=torch.bool, device=initial.device)
     losses: list[list[tuple[float, ...]]] = [[] for _ in initial]
     reference: Tensor | None = None
     scale = initial.norm(dim=1)
-    for step in range(objective.n_steps):
-        nll, essence = reading.read(delta, open_)
+    for step in range(training.n_steps):
+        nll, essence = model.nll_and_essence(delta, active)
         reference = essence.detach() if reference is None else reference
-        drift = objective.kl * F.kl_div(reference, essence, log_target=True, reduction="none").sum(dim=1)
-        decay = objective.weight_decay * delta.norm(dim=1) / scale.square()
+        drift = training.kl * F.kl_div(reference, essence, log_target=True, reduction="none").sum(dim=1)
+        decay = training.weight_decay * delta.norm(dim=1) / scale.square()
         total = nll + drift + decay
         parts = torch.stack([total, nll, drift, decay], dim=1).tolist()
-        for i in open_.nonzero()[:, 0].tolist():
+        for i in active.nonzero()[:, 0].tolist():
             losses[i].append(tuple(parts[i]))
-        open_ = open_ & (total.detach() >= _LOSS_BOUND)
-        if step == objective.n_steps - 1 or not open_.any():
+        active = active & (total.detach() >= _LOSS_BOUND)
+        if step == training.n_steps - 1 or not active.any():
             break
-        (delta.grad,) = torch.autograd.grad(total[open_].sum(), delta)
+        (delta.grad,) = torch.autograd.grad(total[active].sum(), delta)
         before = delta.detach().clone()
         adam.step()
         with torch.no_grad():
             length = delta.norm(dim=1)
-            shrink = (objective.clamp * scale / length).clamp(max=1)
-            delta.copy_(torch.where(open_[:, None], delta * shrink[:, None], before))
-    return Hidden(initial, delta.detach(), losses)
+            shrink = (training.clamp * scale / length).clamp(max=1)
+            delta.copy_(torch.where(active[:, None], delta * shrink[:, None], before))
+    return TargetVectors(initial, delta.detach(), losses)
 
 
-class UpperModel:
+class PerturbedUpperLayers(PerturbedModel):
     """The layers above the module, on states that do not depend on `delta`.
 
     Everything before the subject's last token and below the module is run once. In the row of the essence nothing
@@ -136,131 +146,94 @@ class UpperModel:
 
     Args:
         upper: the layers above the module whose output `delta` is added to.
-        projections: the down-projections whose keys are wanted, by path.
+        projections: the down-projections whose keys are taken, by path.
         rows: of `B` requests.
     """
 
-    def __init__(self, upper: UpperLayers, projections: Mapping[str, nn.Module], rows: Sequence[Row]) -> None:
+    def __init__(self, upper: UpperLayers, projections: Mapping[str, nn.Module], rows: Sequence[PromptRow]) -> None:
         self._upper = upper
         edits = [EncodedEdit(row.up_to_subject, (*row.ids[row.subject + 1 :], 0)) for row in rows]
         edits = [edit if row.labels else EncodedEdit(edit.prompt, (0,)) for edit, row in zip(edits, rows, strict=True)]
-        at = max(len(edit.prompt) for edit in edits) - 1
+        subject = max(len(edit.prompt) for edit in edits) - 1
         with inputs_of(projections) as inputs:
             self._states = upper.prepare(edits)
-        values = {path: found[:, at].float() for path, found in inputs.items()}
-        self.keys, self.prompt_keys = mean_keys(values, rows), prompt_keys(values, rows)
-        self.initial = self._states.module_output[bare_rows(rows)].float()
         ends = [len(row.ids) - row.subject for row in rows]
-        self._labels = _labels(ends, rows, self._states.targets.shape[1]).to(self.initial.device)
-        self._owners = torch.tensor([row.owner for row in rows], device=self.initial.device)
-        self._weights = torch.tensor([row.weight for row in rows], device=self.initial.device)
+        super().__init__(
+            rows,
+            {path: x[:, subject] for path, x in inputs.items()},
+            self._states.module_output,
+            labels_before(ends, rows, self._states.targets.shape[1]),
+        )
         self._selected: tuple[Tensor, Tensor, UpperStates] | None = None
 
-    def read(self, delta: Tensor, open_: Tensor) -> tuple[Tensor, Tensor]:
-        """See `Reading`."""
-        rows, states = self._select(open_)
+    def nll_and_essence(self, delta: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
+        """See `PerturbedModel`."""
+        rows, states = self._select(active)
         labels = self._labels[rows, : states.targets.shape[1]]
         essence = self._weights[rows] == 0
-        wanted = labels != _NO_LABEL
-        wanted[essence, 0] = True
-        logits = self._upper.logits(states, delta[self._owners[rows]], wanted)
-        where = wanted.nonzero()[:, 0]
-        return _nll_and_essence(
-            logits, labels[wanted], rows[where], weights=self._weights, owners=self._owners, n_requests=len(delta)
-        )
+        is_read = labels != _NO_LABEL
+        is_read[essence, 0] = True
+        logits = self._upper.logits(states, delta[self._owners[rows]], is_read)
+        where = is_read.nonzero()[:, 0]
+        return self._summed(logits, labels[is_read], rows[where])
 
-    def _select(self, open_: Tensor) -> tuple[Tensor, UpperStates]:
+    def _select(self, active: Tensor) -> tuple[Tensor, UpperStates]:
         """The rows of the requests that matter and their states."""
-        if self._selected is None or not torch.equal(self._selected[0], open_):
-            rows = open_[self._owners].nonzero()[:, 0]
-            self._selected = (open_.clone(), rows, self._states.select(rows))
+        if self._selected is None or not torch.equal(self._selected[0], active):
+            rows = active[self._owners].nonzero()[:, 0]
+            self._selected = (active.clone(), rows, self._states.select(rows))
         return self._selected[1], self._selected[2]
 
 
-class WholeModel:
-    """The whole model on whole rows, with a hook that adds `delta`: what `UpperModel` is compared with.
+class PerturbedWholeModel(PerturbedModel):
+    """The whole model on whole rows, with a hook that adds `delta`: what `PerturbedUpperLayers` is compared with.
 
     Args:
         model: the model.
         module: where `delta` is added to the output.
-        projections: the down-projections whose keys are wanted, by path.
+        projections: the down-projections whose keys are taken, by path.
         rows: of `B` requests.
     """
 
     def __init__(
-        self, model: PreTrainedModel, module: nn.Module, projections: Mapping[str, nn.Module], rows: Sequence[Row]
+        self, model: PreTrainedModel, module: nn.Module, projections: Mapping[str, nn.Module], rows: Sequence[PromptRow]
     ) -> None:
         self._model, self._module = model, module
         self._batch = pad([row.ids for row in rows], 0, "right", device=model.device)
-        device = model.device
-        self._at = torch.tensor([row.subject for row in rows], device=device)
-        self._rows = torch.arange(len(rows), device=device)
-        outputs: list[Tensor] = []
-        with torch.no_grad(), inputs_of(projections) as inputs, changed_output(module, outputs.append):
+        self._subjects = torch.tensor([row.subject for row in rows], device=model.device)
+        self._rows = torch.arange(len(rows), device=model.device)
+        with torch.no_grad(), inputs_of(projections) as inputs, outputs_of({"": module}) as outputs:
             self._logits()
-        values = {path: found[self._rows, self._at].float() for path, found in inputs.items()}
-        self.keys, self.prompt_keys = mean_keys(values, rows), prompt_keys(values, rows)
-        self.initial = outputs[0][self._rows, self._at][bare_rows(rows)].float()
-        self._labels = _labels([len(row.ids) for row in rows], rows, self._batch.input_ids.shape[1]).to(device)
-        self._owners = torch.tensor([row.owner for row in rows], device=device)
-        self._weights = torch.tensor([row.weight for row in rows], device=device)
-
-    def read(self, delta: Tensor, open_: Tensor) -> tuple[Tensor, Tensor]:
-        """See `Reading`."""
-
-        def add(output: Tensor) -> Tensor:
-            here = (output[self._rows, self._at].float() + delta[self._owners]).to(output.dtype)
-            return output.index_put((self._rows, self._at), here)
-
-        with changed_output(self._module, add):
-            logits = self._logits()
-        wanted = self._labels != _NO_LABEL
-        essence = self._weights == 0
-        wanted[essence, self._at[essence]] = True
-        where = wanted.nonzero()[:, 0]
-        return _nll_and_essence(
-            logits[wanted],
-            self._labels[wanted],
-            where,
-            weights=self._weights,
-            owners=self._owners,
-            n_requests=len(delta),
+        super().__init__(
+            rows,
+            {path: x[self._rows, self._subjects] for path, x in inputs.items()},
+            outputs[""][self._rows, self._subjects],
+            labels_before([len(row.ids) for row in rows], rows, self._batch.input_ids.shape[1]),
         )
 
+    def nll_and_essence(self, delta: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
+        """See `PerturbedModel`."""
+
+        def add(output: Tensor) -> Tensor:
+            here = (output[self._rows, self._subjects].float() + delta[self._owners]).to(output.dtype)
+            return output.index_put((self._rows, self._subjects), here)
+
+        with patched_output(self._module, add):
+            logits = self._logits()
+        is_read = self._labels != _NO_LABEL
+        essence = self._weights == 0
+        is_read[essence, self._subjects[essence]] = True
+        return self._summed(logits[is_read], self._labels[is_read], is_read.nonzero()[:, 0])
+
     def _logits(self) -> Tensor:
-        batch: Batch = self._batch
+        batch = self._batch
         logits: Tensor = self._model(
             batch.input_ids, batch.attention_mask, position_ids=batch.position_ids, use_cache=False
         ).logits
         return logits
 
 
-def _nll_and_essence(
-    logits: Tensor, labels: Tensor, rows: Tensor, *, weights: Tensor, owners: Tensor, n_requests: int
-) -> tuple[Tensor, Tensor]:
-    """Weighted negative log-likelihood `(B,)` and the essence rows' log-probabilities `(B, V)`.
-
-    Args:
-        logits: `(N, V)` at the positions that are read.
-        labels: `(N,)`; -100 where the essence is read.
-        rows: `(N,)`, the row of each position.
-        weights: `(R,)`.
-        owners: `(R,)`.
-        n_requests: `B`.
-    """
-    log_probs = logits.float().log_softmax(dim=-1)
-    said = labels != _NO_LABEL
-    n_labels = torch.zeros(len(owners), device=labels.device).index_add(
-        0, rows[said], torch.ones_like(rows[said]).float()
-    )
-    share = weights[rows[said]] / n_labels[rows[said]]
-    picked = log_probs[said].gather(1, labels[said][:, None])[:, 0]
-    nll = log_probs.new_zeros(n_requests).index_add(0, owners[rows[said]], -share * picked)
-    essence = log_probs.new_zeros(n_requests, log_probs.shape[1]).index_add(0, owners[rows[~said]], log_probs[~said])
-    return nll, essence
-
-
-def _labels(ends: Sequence[int], rows: Sequence[Row], width: int) -> Tensor:
+def labels_before(ends: Sequence[int], rows: Sequence[PromptRow], width: int) -> Tensor:
     """`(R, width)`; each row's labels stand at the positions before its end, -100 elsewhere."""
     labels = torch.full((len(rows), width), _NO_LABEL)
     for i, (end, row) in enumerate(zip(ends, rows, strict=True)):
@@ -272,84 +245,30 @@ def _labels(ends: Sequence[int], rows: Sequence[Row], width: int) -> Tensor:
 # --- Keys ------------------------------------------------------------------------------------------------
 
 
-def bare_rows(rows: Sequence[Row]) -> list[int]:
+def bare_rows(rows: Sequence[PromptRow]) -> list[int]:
     """Position of each request's first row, its bare prompt."""
     return [i for i, row in enumerate(rows) if i == 0 or rows[i - 1].owner != row.owner]
 
 
-def mean_keys(values: Mapping[str, Tensor], rows: Sequence[Row]) -> dict[str, Tensor]:
+def mean_keys(inputs: Mapping[str, Tensor], rows: Sequence[PromptRow]) -> dict[str, Tensor]:
     """Weighted means `(B, m)` of the rows' inputs `(R, m)`."""
     shares = torch.zeros(rows[-1].owner + 1, len(rows))
     for i, row in enumerate(rows):
         shares[row.owner, i] = row.key_weight
-    return {path: shares.to(found.device) @ found for path, found in values.items()}
-
-
-def prompt_keys(values: Mapping[str, Tensor], rows: Sequence[Row]) -> dict[str, Tensor]:
-    """The bare prompts' inputs `(B, m)`."""
-    return {path: found[bare_rows(rows)] for path, found in values.items()}
-
-
-class _Reached(Exception):  # noqa: N818 - no error, it ends a forward pass early
-    """All that is wanted was read."""
+    return {path: shares.to(x.device) @ x for path, x in inputs.items()}
 
 
 @torch.no_grad()
-def keys_and_hidden(
-    model: PreTrainedModel, last: nn.Module, projections: Mapping[str, nn.Module], rows: Sequence[Row]
+def keys_and_outputs(
+    model: PreTrainedModel, last: nn.Module, projections: Mapping[str, nn.Module], rows: Sequence[PromptRow]
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Mean keys `(B, m)` by path and the output `(B, d)` of `last`, the highest module, under the present weights.
 
-    One forward pass over contexts and prompts up to the subject, which ends where `last` has spoken.
+    One forward pass over contexts and prompts up to the subject, which ends where `last` has run.
     """
     kept = [row for row in rows if row.key_weight > 0]
     batch = pad([row.up_to_subject for row in kept], 0, device=model.device)
-    found: list[Tensor] = []
-
-    def stop(output: Tensor) -> None:
-        found.append(output)
-        raise _Reached
-
-    with inputs_of(projections) as inputs, changed_output(last, stop), suppress(_Reached):
+    with inputs_of(projections) as inputs, outputs_of({"": last}) as outputs, ending_at(last):
         model(batch.input_ids, batch.attention_mask, position_ids=batch.position_ids, use_cache=False)
-    values = {path: one[:, -1].float() for path, one in inputs.items()}
-    return mean_keys(values, kept), found[0][bare_rows(kept), -1].float()
-
-
-@contextmanager
-def inputs_of(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
-    """Collect each module's input `(R, T, m)` in the forward pass inside the block."""
-    found: dict[str, Tensor] = {}
-
-    def reader(path: str) -> Any:
-        def read(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            found[path] = args[0]
-
-        return read
-
-    with ExitStack() as stack:
-        for path, module in modules.items():
-            stack.callback(module.register_forward_pre_hook(reader(path)).remove)
-        yield found
-
-
-@contextmanager
-def changed_output(module: nn.Module, change: Any) -> Iterator[None]:
-    """Inside the block a module's output, tensor or head of a tuple, is what `change` returns, if it returns any."""
-
-    def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
-        new = change(output[0] if isinstance(output, tuple) else output)
-        if new is None:
-            return None
-        return (new, *output[1:]) if isinstance(output, tuple) else new
-
-    handle = module.register_forward_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-def last_loss(hidden: Hidden, i: int) -> float:
-    """The target's mean token cross-entropy (nats) in the last forward pass of request `i`."""
-    return hidden.losses[i][-1][1] if hidden.losses[i] else math.nan
+    last_inputs = {path: x[:, -1].float() for path, x in inputs.items()}
+    return mean_keys(last_inputs, kept), outputs[""][bare_rows(kept), -1].float()

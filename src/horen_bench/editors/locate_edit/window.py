@@ -4,94 +4,55 @@ Shapes: `B` requests of a turn, `q` layers, `d` hidden size, `m` input size of a
 """
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from horen_bench.editors.locate_edit.contexts import Contexts, generate_contexts
-from horen_bench.editors.locate_edit.editor import Engine, RewritingEditor
-from horen_bench.editors.locate_edit.requests import Row
-from horen_bench.editors.locate_edit.target_vector import Hidden, Reading, keys_and_hidden
-from horen_bench.editors.shared.second_moments import Recipe, block_of
-from horen_bench.errors import UserError
+from horen_bench.editors.locate_edit.config import WindowConfig
+from horen_bench.editors.locate_edit.editor import LocateEditEditor
+from horen_bench.editors.locate_edit.requests import PromptRow
+from horen_bench.editors.locate_edit.target_vector import PerturbedModel, TargetVectors, keys_and_outputs
+from horen_bench.editors.shared.second_moments import block_of
+
+WindowConfigT = TypeVar("WindowConfigT", bound=WindowConfig)
 
 
-class WindowEditor(RewritingEditor):
-    """A method that moves the output of the window's last block to `z`, a share in each layer.
+class WindowEditor(LocateEditEditor[WindowConfigT]):
+    """A method that moves the output of the window's last block to `z`, a share in each layer."""
 
-    Args:
-        model: a causal language model.
-        tokenizer: its tokenizer.
-        seed: of the contexts.
-        modules: dotted paths of the down-projections, lowest layer first.
-        hidden: constants of `Objective`; the vector belongs to the output of the last module's block.
-        statistics: constants of `Recipe`.
-        context_lengths: pairs `(tokens, texts)` of contexts that the model writes.
-        contexts: two groups of texts instead of written ones, or None.
-        batch_size: facts that are written in one turn.
-        engine: see `RewritingEditor`.
-    """
+    @property
+    def _target_path(self) -> str:
+        return block_of(self.config.modules[-1])
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        seed: int,
-        modules: Sequence[str],
-        hidden: Mapping[str, Any],
-        statistics: Mapping[str, Any],
-        context_lengths: Sequence[Sequence[int]],
-        contexts: Sequence[Sequence[str]] | None,
-        batch_size: int,
-        engine: Engine,
-    ) -> None:
-        if not modules:
-            raise UserError("method.modules must name at least one module")
-        super().__init__(
-            model,
-            tokenizer,
-            seed=seed,
-            modules=modules,
-            where="method.modules",
-            target_module=block_of(modules[-1]),
-            hidden=hidden,
-            contexts=contexts,
-            batch_size=batch_size,
-            engine=engine,
-        )
-        self.modules = list(modules)
-        self.recipe = Recipe(**statistics)
-        self.context_lengths = context_lengths
-
-    def _new_contexts(self) -> Contexts:
+    def _grouped(self, texts: list[str]) -> list[list[str]]:
         """The bare prompt is a group of its own, so that it makes half of a key."""
-        return Contexts.given([[""], generate_contexts(self.model, self.tokenizer, self.context_lengths, self.seed)])
+        return [[""], texts]
 
     @abstractmethod
     def _update(self, path: str, keys: Tensor, residual: Tensor) -> Tensor:
-        """The change `(d, m)` that maps keys `(B, m)` to residuals `(B, d)` as far as the method wants it."""
+        """The change `(d, m)` that maps keys `(B, m)` to residuals `(B, d)` as far as the method lets it."""
 
     @torch.no_grad()
-    def _write(self, rows: Sequence[Row], reading: Reading, hidden: Hidden) -> None:
+    def _write(self, rows: Sequence[PromptRow], model: PerturbedModel, vectors: TargetVectors) -> None:
         """Layer by layer, lowest first, write an equal share of what is still missing."""
-        self._write_layers(rows, reading, hidden)
+        self._write_layers(rows, model, vectors)
 
-    def _write_layers(self, rows: Sequence[Row], reading: Reading, hidden: Hidden) -> dict[str, Tensor]:
+    def _write_layers(
+        self, rows: Sequence[PromptRow], model: PerturbedModel, vectors: TargetVectors
+    ) -> dict[str, Tensor]:
         """Write all layers; the keys `(B, m)` that each was written at."""
         written: dict[str, Tensor] = {}
-        keys, current = reading.keys, hidden.initial
-        for i, path in enumerate(self.modules):
-            # The first layer is as it was when the hidden vector was trained: its keys are known.
-            if i > 0 or self.engine == "sequential":
-                keys, current = self._keys_and_hidden(path, rows)
-            residual = (hidden.target - current) / (len(self.modules) - i)
+        keys, current = model.keys, vectors.initial
+        for i, path in enumerate(self.config.modules):
+            # The first layer is as it was when the target vector was trained: its keys are known.
+            if i > 0 or self.config.engine == "sequential":
+                keys, current = self._keys_and_outputs(path, rows)
+            residual = (vectors.target - current) / (len(self.config.modules) - i)
             self._add(path, self._update(path, keys[path], residual))
             written[path] = keys[path]
         return written
 
-    def _keys_and_hidden(self, path: str, rows: Sequence[Row]) -> tuple[dict[str, Tensor], Tensor]:
-        return keys_and_hidden(self.model, self._target, {path: self._projections[path]}, rows)
+    def _keys_and_outputs(self, path: str, rows: Sequence[PromptRow]) -> tuple[dict[str, Tensor], Tensor]:
+        return keys_and_outputs(self.model, self._target, {path: self._projections[path]}, rows)

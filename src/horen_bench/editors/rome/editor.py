@@ -1,105 +1,55 @@
 """ROME: one fact as one rank-one change of one down-projection (Meng et al. 2022, arXiv 2202.05262).
 
 The down-projection `W` `(d, m)` is a memory: a key `k` `(m)` at the subject's last token calls up a value `(d)`. The
-new value `v*` is trained so that the model says the target; `W <- W + v u^T` writes it with `u ~ C^-1 k`, which
+new value `v*` is trained so that the model gives the target; `W <- W + v u^T` writes it with `u ~ C^-1 k`, which
 disturbs the keys of general text least.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from horen_bench.editors.base import check_choice
-from horen_bench.editors.locate_edit.contexts import Contexts, generate_contexts
-from horen_bench.editors.locate_edit.editor import Engine, RewritingEditor
-from horen_bench.editors.locate_edit.requests import Refused, Row, all_finite
-from horen_bench.editors.locate_edit.target_vector import Hidden, Reading
-from horen_bench.editors.shared.second_moments import Recipe, cholesky, second_moments
-
-KeyMode = Literal["release", "mean", "prompt"]
-Arithmetic = Literal["float32", "model"]
+from horen_bench.editors.locate_edit.editor import LocateEditEditor
+from horen_bench.editors.locate_edit.requests import PromptRow, Refused
+from horen_bench.editors.locate_edit.target_vector import PerturbedModel, TargetVectors
+from horen_bench.editors.rome.config import RomeConfig
+from horen_bench.editors.shared.second_moments import cholesky
+from horen_bench.models.surgery import all_finite
+from horen_bench.prompts import PromptEncoder
 
 _SMALLEST = 1e-12  # of k . u, below which v = delta / (k . u) means nothing
 
 
-class RomeEditor(RewritingEditor):
-    """ROME on one model.
-
-    Args:
-        model: a causal language model.
-        tokenizer: its tokenizer.
-        seed: of the contexts.
-        module: dotted path of the down-projection, e.g. `model.layers.5.mlp.down_proj`.
-        hidden: constants of `Objective`; the vector belongs to the down-projection's output.
-        covariance: whether `u = C^-1 k` (the paper), or `u = k`.
-        key_mode: `release` takes the mean key over contexts for `u` and the bare prompt's to scale `v`; `mean` and
-            `prompt` take one key in both places, as the paper's equations do.
-        ridge: share of `trace(C)/m` added to the diagonal of `C`.
-        statistics: constants of `Recipe`.
-        context_lengths: pairs `(tokens, texts)` of contexts that the model writes.
-        contexts: groups of texts instead of written ones, or None.
-        arithmetic: of u, v and their product: `float32`, the weight being rounded once; or `model`, the release's,
-            which rounds the explicit inverse of `C`, keys and values to the model's dtype first.
-        engine: see `RewritingEditor`; `sequential` takes the explicit inverse of `C` in float32.
-    """
+class RomeEditor(LocateEditEditor[RomeConfig]):
+    """ROME on one model; `engine=sequential` takes the explicit inverse of `C` in float32, as published."""
 
     def __init__(
         self,
         model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: PreTrainedTokenizerBase | PromptEncoder,
+        config: RomeConfig,
         *,
-        seed: int,
-        module: str,
-        hidden: Mapping[str, Any],
-        covariance: bool,
-        key_mode: KeyMode,
-        ridge: float,
-        statistics: Mapping[str, Any],
-        context_lengths: Sequence[Sequence[int]],
-        contexts: Sequence[Sequence[str]] | None,
-        arithmetic: Arithmetic,
-        engine: Engine,
+        seed: int = 0,
     ) -> None:
-        check_choice("method.arithmetic", arithmetic, ("float32", "model"))
-        check_choice("method.key_mode", key_mode, ("release", "mean", "prompt"))
-        super().__init__(
-            model,
-            tokenizer,
-            seed=seed,
-            modules=[module],
-            where="method.module",
-            target_module=module,
-            hidden=hidden,
-            contexts=contexts,
-            batch_size=1,
-            engine=engine,
-        )
-        self.module_path = module
-        self.covariance = covariance
-        self.key_mode: KeyMode = key_mode
-        self.ridge = ridge
-        self.recipe = Recipe(**statistics)
-        self.context_lengths = context_lengths
-        self._explicit_inverse = engine == "sequential" or arithmetic == "model"
-        self._dtype = self.pristine.weights[module].dtype if arithmetic == "model" else torch.float32
+        super().__init__(model, tokenizer, config, seed=seed)
+        # The release (ha11ucin8/HoReN @38bbf34, src/models/rome) rounds all that follows to the model's dtype.
+        self._dtype = self.pristine.weights[config.module].dtype if config.arithmetic == "model" else torch.float32
         self._factor: Tensor | None = None
         self._inverse: Tensor | None = None
 
     def _prepare(self) -> None:
-        if not self.covariance:
+        if not self.config.covariance:
             return
-        moment = second_moments(self.model, self.tokenizer, [self.module_path], self.recipe)[self.module_path]
-        if self._explicit_inverse:
+        moment = self._moments()[self.config.module]
+        if self.config.engine == "sequential" or self.config.arithmetic == "model":
             self._inverse = torch.linalg.inv(moment.mean.to(self.device, torch.float32))
         else:
-            self._factor = cholesky(moment, self.ridge, self.device)
+            self._factor = cholesky(moment, self.config.ridge, self.device)
 
-    def _new_contexts(self) -> Contexts:
-        texts = generate_contexts(self.model, self.tokenizer, self.context_lengths, self.seed)
-        return Contexts.given([["", *texts]])
+    def _grouped(self, texts: list[str]) -> list[list[str]]:
+        return [["", *texts]]
 
     # --- Left vector: where to write (paper 3.1, Eq. 2) ------------------------------------------------
 
@@ -117,22 +67,23 @@ class RomeEditor(RewritingEditor):
     # --- Right vector and update: what to write --------------------------------------------------------
 
     @torch.no_grad()
-    def _write(self, rows: Sequence[Row], reading: Reading, hidden: Hidden) -> None:
-        mean, prompt = reading.keys[self.module_path][0], reading.prompt_keys[self.module_path][0]
-        u = self.direction(prompt if self.key_mode == "prompt" else mean)
-        key = (mean if self.key_mode == "mean" else prompt).to(self._dtype)
+    def _write(self, rows: Sequence[PromptRow], model: PerturbedModel, vectors: TargetVectors) -> None:
+        path, mode = self.config.module, self.config.key_mode
+        mean, prompt = model.keys[path][0], model.prompt_keys[path][0]
+        u = self.direction(prompt if mode == "prompt" else mean)
+        key = (mean if mode == "mean" else prompt).to(self._dtype)
         strength = key @ u
         if not all_finite(u) or abs(float(strength)) < _SMALLEST:
             raise Refused("the key has no part along the direction that would be written")
-        wanted = hidden.initial[0].to(self._dtype) + hidden.delta[0].to(self._dtype)
-        v = (wanted - self._said_to(key, hidden)) / strength
-        self._add(self.module_path, torch.outer(v, u))
+        target = vectors.initial[0].to(self._dtype) + vectors.delta[0].to(self._dtype)
+        v = (target - self._present_value(key, vectors)) / strength
+        self._add(path, torch.outer(v, u))
 
-    def _said_to(self, key: Tensor, hidden: Hidden) -> Tensor:
+    def _present_value(self, key: Tensor, vectors: TargetVectors) -> Tensor:
         """`W k` `(d)`, which for the bare prompt's key is v0: no need to run anything again."""
-        if self.key_mode == "mean":
-            return self.pristine.weights[self.module_path].to(self._dtype) @ key
-        return hidden.initial[0].to(self._dtype)
+        if self.config.key_mode == "mean":
+            return self.pristine.weights[self.config.module].to(self._dtype) @ key
+        return vectors.initial[0].to(self._dtype)
 
     def _kept_numbers(self) -> int:
-        return sum(one.numel() for one in (self._factor, self._inverse) if one is not None)
+        return sum(matrix.numel() for matrix in (self._factor, self._inverse) if matrix is not None)

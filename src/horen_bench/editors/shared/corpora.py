@@ -1,24 +1,14 @@
-"""General text for second moments: a file, a text corpus that comes with the package, or a data set of the hub.
+"""General text for second moments: a file, a text corpus that comes with the package, or a data set of the hub."""
 
-    python -m horen_bench.editors.shared.corpora --out data/tiny/corpus.txt
-    python -m horen_bench.editors.shared.corpora --other-world --out data/tiny/preservation.txt
-
-write the embedded model's: facts and questions that it was trained on, and as UnKE's Alpaca, sentences of a world that
-no edit and no question is about; one sentence a line.
-"""
-
-import argparse
 import json
 import random
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from horen_bench.errors import UserError
-from horen_bench.models.loading import EMBEDDED
+from horen_bench.models.weights import EMBEDDED
 from horen_bench.paths import resource
-from horen_bench.world import World, pick
 
 _WHERE = "method.statistics.corpus"
 _SAMPLE_SEED = 1  # the published code's, whatever the run's seed
@@ -100,38 +90,3 @@ def _load_from_hub(source: str, named: str) -> Sequence[Any]:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{named} cannot be loaded ({reason}); {advice}") from error
     return rows
-
-
-def world_texts(world: World) -> list[str]:
-    """Every fact that the embedded model was taught, in a drawn wording, then every fourth unrelated question."""
-    rng = random.Random("corpus")
-    facts = [fact for subject in world.trained() for fact in subject.facts]
-    probes = [fact.ask(pick(rng, fact.relation.trained)) for fact in facts] + list(world.questions)[::4]
-    return [f"{probe.prompt} {probe.answer}" for probe in probes]
-
-
-def other_world_texts(world: World) -> list[str]:
-    """Sentences like those of `world_texts`, from another seed: facts and unrelated questions that `world` lacks."""
-    other = World(world.seed + 1, n_trained=100, n_questions=200)
-    known = {subject.name for subject in world.trained()} | {probe.prompt for probe in world.questions}
-    rng = random.Random("preservation")
-    facts = [fact for subject in other.trained() if subject.name not in known for fact in subject.facts]
-    probes = [fact.ask(pick(rng, fact.relation.trained)) for fact in facts]
-    probes += [probe for probe in other.questions if probe.prompt not in known]
-    return [f"{probe.prompt} {probe.answer}" for probe in probes]
-
-
-def main() -> None:
-    """Write one of the embedded model's corpora."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--other-world", action="store_true", help="what the model was not trained on")
-    options = parser.parse_args()
-    texts = other_world_texts(World()) if options.other_world else world_texts(World())
-    out: Path = options.out
-    out.write_text("\n".join(texts) + "\n", encoding="utf-8")
-    sys.stderr.write(f"{len(texts)} texts, {out.stat().st_size} bytes\n")
-
-
-if __name__ == "__main__":
-    main()

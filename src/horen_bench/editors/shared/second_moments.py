@@ -10,7 +10,6 @@ import hashlib
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,17 +19,18 @@ import pooch
 import torch
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
-from horen_bench.editors.locate_edit.requests import all_finite
-from horen_bench.editors.locate_edit.target_vector import changed_output, inputs_of
+from horen_bench.editors.shared.config import StatisticsConfig
 from horen_bench.editors.shared.corpora import read_corpus
 from horen_bench.errors import UserError
 from horen_bench.models.architecture import decoder_layer_index
-from horen_bench.prompts import Batch, pad, pad_id_of
+from horen_bench.models.hooks import ending_at, inputs_of
+from horen_bench.models.surgery import all_finite
+from horen_bench.prompts import Batch, PromptEncoder, pad
 from horen_bench.results.atomic import replacing
 
 _GROUP = 100  # texts that are sorted by length together
@@ -61,71 +61,36 @@ class SecondMoment:
         return SecondMoment(self.total + other.total, self.n_tokens + other.n_tokens)
 
 
-@dataclass(frozen=True, slots=True)
-class Recipe:
-    """Which text, and how it is summed up.
-
-    Attributes:
-        corpus: see `read_corpus`.
-        n_texts: most texts.
-        max_length: tokens kept of a text.
-        dtype: of the sums, `float32` or `float64`.
-        folder: of the cache; None: the user's cache folder.
-        published: folder of `{module}_float32_mom2_{n}.npz` files made by ROME, MEMIT or EasyEdit, which are then used
-            instead of a corpus; None: no such files.
-    """
-
-    corpus: str
-    n_texts: int
-    max_length: int
-    dtype: str
-    folder: str | None = None
-    published: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.dtype not in ("float32", "float64"):
-            raise UserError(f"method.statistics.dtype must be float32 or float64, got {self.dtype!r}")
-        for name in ("n_texts", "max_length"):
-            if not (isinstance(getattr(self, name), int) and getattr(self, name) > 0):
-                raise UserError(f"method.statistics.{name} must be a whole number of at least 1")
-
-    @property
-    def cache(self) -> Path:
-        """Where moments are kept."""
-        return Path(self.folder).expanduser() if self.folder else Path(pooch.os_cache("horen_bench")) / "statistics"
-
-
 def second_moments(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, paths: Sequence[str], recipe: Recipe
+    model: PreTrainedModel, encoder: PromptEncoder, paths: Sequence[str], statistics: StatisticsConfig
 ) -> dict[str, SecondMoment]:
     """The moments of each down-projection: from the published files, the cache, or one pass over the corpus.
 
     Raises:
         UserError: the corpus or a published file cannot be read or does not fit.
     """
-    if recipe.published:
-        folder = Path(recipe.published).expanduser()
+    if statistics.published:
+        folder = Path(statistics.published).expanduser()
         return {path: _checked(read_published(folder, path), model, path) for path in paths}
-    files = {path: recipe.cache / f"{cache_key(model, tokenizer, path, recipe)}.safetensors" for path in paths}
-    found = {path: moment for path, file in files.items() if (moment := _load(file)) is not None}
-    missing = [path for path in paths if path not in found]
+    cache = cache_folder(statistics)
+    files = {path: cache / f"{cache_key(model, encoder, path, statistics)}.safetensors" for path in paths}
+    moments = {path: moment for path, file in files.items() if (moment := _load(file)) is not None}
+    missing = [path for path in paths if path not in moments]
     if missing:
-        texts = read_corpus(recipe.corpus, recipe.n_texts)
-        unfinished = recipe.cache / f"unfinished-{_digest([files[path].name for path in missing], texts)}.safetensors"
-        dtype = getattr(torch, recipe.dtype)
-        fresh = accumulate(
-            model, tokenizer, missing, texts, max_length=recipe.max_length, dtype=dtype, unfinished=unfinished
-        )
+        texts = read_corpus(statistics.corpus, statistics.n_texts)
+        unfinished = cache / f"unfinished-{_digest([files[path].name for path in missing], texts)}.safetensors"
+        dtype, max_length = getattr(torch, statistics.dtype), statistics.max_length
+        fresh = accumulate(model, encoder, missing, texts, max_length=max_length, dtype=dtype, unfinished=unfinished)
         for path, moment in fresh.items():
-            _save(files[path], moment, {"module": path, "texts": len(texts), "corpus": recipe.corpus})
+            _save(files[path], moment, {"module": path, "texts": len(texts), "corpus": statistics.corpus})
         unfinished.unlink(missing_ok=True)
-        found |= fresh
-    return {path: found[path] for path in paths}
+        moments |= fresh
+    return {path: moments[path] for path in paths}
 
 
 @dataclass(slots=True)
-class Pass:
-    """A pass over a corpus, as far as it has come.
+class MomentSums:
+    """The sums of a pass over a corpus, as far as it has come.
 
     Attributes:
         totals: by module, `sum_t x_t x_t^T`, `(m, m)`.
@@ -147,22 +112,16 @@ class Pass:
             save_file({"counts": counts, **totals}, temporary)
 
     @classmethod
-    def load(cls, path: Path | None) -> "Pass":
-        """The saved pass; a new one where there is none, or a damaged one."""
-        if path is None or not path.exists():
-            return cls()
-        try:
-            totals = load_file(path)
-            n_texts, n_tokens, n_bad = totals.pop("counts").tolist()
-        except (SafetensorError, OSError, KeyError):
-            return cls()
-        return cls(totals, n_texts, n_tokens, n_bad)
+    def load(cls, path: Path | None) -> "MomentSums":
+        """The saved sums; new ones where there is none, or a damaged one."""
+        totals = saved_tensors(path, "counts")
+        return cls(totals, *totals.pop("counts").tolist()) if totals else cls()
 
 
 @torch.no_grad()
 def accumulate(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    encoder: PromptEncoder,
     paths: Sequence[str],
     texts: Sequence[str],
     *,
@@ -174,7 +133,7 @@ def accumulate(
 
     Args:
         model: as received.
-        tokenizer: its default special tokens count as tokens of the text.
+        encoder: the tokenizer's default special tokens count as tokens of the text.
         paths: of the down-projections.
         texts: one sequence each.
         max_length: tokens kept of a text.
@@ -187,62 +146,54 @@ def accumulate(
     """
     modules = {path: model.get_submodule(path) for path in paths}
     highest = model.get_submodule(block_of(max(paths, key=lambda path: decoder_layer_index(path) or 0)))
-    so_far = Pass.load(unfinished)
+    sums = MomentSums.load(unfinished)
     next_save = time.monotonic() + _SAVE_EVERY
     columns = (TextColumn("{task.description}"), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("second moments", total=len(texts), completed=so_far.n_texts)
-        for start in range(so_far.n_texts, len(texts), _GROUP):
+        task = progress.add_task("second moments", total=len(texts), completed=sums.n_texts)
+        for start in range(sums.n_texts, len(texts), _GROUP):
             group = texts[start : start + _GROUP]
-            for rows in _batches(tokenizer, group, max_length):
-                batch = pad(rows, pad_id_of(tokenizer), "right", device=model.device)
-                _add(so_far, _attended(model, modules, highest, batch), dtype)
-            so_far.n_texts += len(group)
-            progress.update(task, completed=so_far.n_texts)
+            for rows in _batches(encoder, group, max_length):
+                batch = pad(rows, encoder.pad_id, "right", device=model.device)
+                _add(sums, _attended(model, modules, highest, batch), dtype)
+            sums.n_texts += len(group)
+            progress.update(task, completed=sums.n_texts)
             if unfinished is not None and time.monotonic() > next_save:
                 began = time.monotonic()
-                so_far.save(unfinished)
+                sums.save(unfinished)
                 next_save = 11 * time.monotonic() - 10 * began + _SAVE_EVERY
-    if so_far.n_tokens == 0:
+    if sums.n_tokens == 0:
         raise UserError("method.statistics.corpus holds no text that gives finite activations")
-    return {path: SecondMoment(total, so_far.n_tokens) for path, total in so_far.totals.items()}
+    return {path: SecondMoment(total, sums.n_tokens) for path, total in sums.totals.items()}
 
 
-def _add(so_far: Pass, inputs: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+def _add(sums: MomentSums, inputs: Mapping[str, Tensor], dtype: torch.dtype) -> None:
     """Add one batch's inputs `(N, m)` of each module."""
     if not all_finite(*inputs.values()):
-        so_far.n_bad += 1
-        if so_far.n_bad > _MOST_BAD:
+        sums.n_bad += 1
+        if sums.n_bad > _MOST_BAD:
             raise UserError("the model's activations on method.statistics.corpus are not finite")
         return
-    so_far.n_tokens += len(next(iter(inputs.values())))
+    sums.n_tokens += len(next(iter(inputs.values())))
     for path, x in inputs.items():
         product = x.to(dtype).T @ x.to(dtype)
-        if path in so_far.totals:
-            product.add_(so_far.totals[path].to(product.device))
-        so_far.totals[path] = product
-
-
-class _Reached(Exception):  # noqa: N818 - no error, it ends a forward pass early
-    """The highest layer has spoken."""
+        if path in sums.totals:
+            product.add_(sums.totals[path].to(product.device))
+        sums.totals[path] = product
 
 
 def _attended(
     model: PreTrainedModel, modules: Mapping[str, nn.Module], highest: nn.Module, batch: Batch
 ) -> dict[str, Tensor]:
     """Inputs `(N, m)` of each module at the batch's real tokens."""
-
-    def stop(_output: Tensor) -> None:
-        raise _Reached
-
-    with inputs_of(modules) as inputs, changed_output(highest, stop), suppress(_Reached):
+    with inputs_of(modules) as inputs, ending_at(highest):
         model(batch.input_ids, batch.attention_mask, position_ids=batch.position_ids, use_cache=False)
     return {path: x[batch.attention_mask.bool().to(x.device)] for path, x in inputs.items()}
 
 
-def _batches(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_length: int) -> Iterator[list[list[int]]]:
+def _batches(encoder: PromptEncoder, texts: Sequence[str], max_length: int) -> Iterator[list[list[int]]]:
     """Token rows, longest first, cut so that a padded batch stays below a fixed size."""
-    encoded = tokenizer(list(texts), truncation=True, max_length=max_length)
+    encoded = encoder.tokenizer(list(texts), truncation=True, max_length=max_length)
     rows: list[list[int]] = sorted((row for row in encoded["input_ids"] if row), key=len, reverse=True)
     while rows:
         n_rows = max(1, _BATCH_TOKENS // len(rows[0]))
@@ -260,11 +211,18 @@ def block_of(path: str) -> str:
 # --- Cache -----------------------------------------------------------------------------------------------
 
 
-def cache_key(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: str, recipe: Recipe) -> str:
+def cache_folder(statistics: StatisticsConfig) -> Path:
+    """Where moments are kept."""
+    if statistics.folder:
+        return Path(statistics.folder).expanduser()
+    return Path(pooch.os_cache("horen_bench")) / "statistics"
+
+
+def cache_key(model: PreTrainedModel, encoder: PromptEncoder, path: str, statistics: StatisticsConfig) -> str:
     """Module and a hash over all that the moment depends on: weights, tokenizer, corpus, counts, dtypes."""
-    digest = hashlib.sha256(f"{model_fingerprint(model)} {len(tokenizer)} {path}".encode())
-    digest.update(json.dumps(tokenizer("A text, 1927.")["input_ids"]).encode())
-    digest.update(f"{recipe.corpus} {recipe.n_texts} {recipe.max_length} {recipe.dtype}".encode())
+    digest = hashlib.sha256(f"{model_fingerprint(model)} {len(encoder.tokenizer)} {path}".encode())
+    digest.update(json.dumps(encoder.texts(["A text, 1927."])[0]).encode())
+    digest.update(f"{statistics.corpus} {statistics.n_texts} {statistics.max_length} {statistics.dtype}".encode())
     return f"{path}-{digest.hexdigest()[:16]}"
 
 
@@ -294,14 +252,19 @@ def _save(path: Path, moment: SecondMoment, facts: Mapping[str, Any]) -> None:
 
 
 def _load(path: Path) -> SecondMoment | None:
-    """A cached moment; None where there is none, or a damaged one, which is then computed again."""
-    if not path.exists():
-        return None
+    cached = saved_tensors(path, "total", "n_tokens")
+    return SecondMoment(cached["total"], int(cached["n_tokens"])) if cached else None
+
+
+def saved_tensors(path: Path | None, *names: str) -> dict[str, Tensor]:
+    """The tensors of a file that holds at least `names`; none where it is missing or damaged, and made again then."""
+    if path is None or not path.exists():
+        return {}
     try:
-        with safe_open(path, framework="pt") as file:
-            return SecondMoment(file.get_tensor("total"), int(file.get_tensor("n_tokens")))
+        tensors = load_file(path)
     except (SafetensorError, OSError):
-        return None
+        return {}
+    return tensors if tensors.keys() >= set(names) else {}
 
 
 def read_published(folder: Path, path: str) -> SecondMoment:
@@ -344,5 +307,5 @@ def cholesky(moment: SecondMoment, ridge: float, device: torch.device) -> Tensor
             f"the second moment of {m} inputs over {moment.n_tokens} tokens is not positive definite; take more "
             f"text (50 tokens per input are few), or set method.ridge above {ridge}, e.g. to 1e-6"
         )
-    found: Tensor = factor
-    return found
+    lower: Tensor = factor
+    return lower

@@ -1,8 +1,8 @@
 """UltraEdit: one forward and one backward pass, then a closed-form shift of several matrices (arXiv 2505.14679).
 
 For each edited linear module the inputs `H` of some token rows and the loss gradients `G` with respect to its outputs
-at these rows are kept. Both are normalised by running statistics; the rows' wanted output changes `V` follow from
-them, and a ridge regression turns `V` into a change of the weight.
+at these rows are kept. Both are normalised by running statistics; from them follow the changes `V` that the rows'
+outputs shall have, and a ridge regression turns `V` into a change of the weight.
 
 Shapes: `N` token rows of a turn; `d_in` and `d_out` of a module; `B` sequences of `T` tokens, `K` labels each.
 """
@@ -10,9 +10,9 @@ Shapes: `N` token rows of a turn; `d_in` and `d_out` of a module; `B` sequences 
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -20,41 +20,20 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
-from horen_bench.cases import EditCase
-from horen_bench.editors.base import Editor, EditRecord, check_choice
+from horen_bench.cases import EditCase, EditRecord
+from horen_bench.editors.base import Editor
+from horen_bench.editors.ultraedit.config import UltraEditConfig
 from horen_bench.errors import UserError
 from horen_bench.models.architecture import decoder_layer_index
+from horen_bench.models.hooks import inputs_of, outputs_of, patched_output
 from horen_bench.models.surgery import MasterWeights, PristineWeights
-from horen_bench.prompts import encode_edit, encode_texts, pad, pad_id_of
+from horen_bench.prompts import PromptEncoder, pad
 
 _EPS = torch.finfo(torch.float32).eps
 _NO_LABEL = -100
 
 Shape = tuple[int, int]
 Item = TypeVar("Item")
-
-
-@dataclass(frozen=True, slots=True)
-class Regime:
-    """What the two published codes do differently.
-
-    Attributes:
-        rows: token rows that are kept: of the whole `sentence`, or those that predict a token of the `answer`.
-        normalizer: statistics over the rows of one turn (`per_turn`), or over those of all turns (`lifelong`).
-        labels: ids of the answer as it follows the prompt (`answer`), or of the answer `alone`, with the special tokens
-            that the tokenizer puts in front; then the padding of shorter answers in a micro-batch is trained on, too.
-        dtype: of the weights that the published numbers were obtained with.
-    """
-
-    rows: Literal["sentence", "answer"]
-    normalizer: Literal["per_turn", "lifelong"]
-    labels: Literal["answer", "alone"]
-    dtype: str
-
-    def __post_init__(self) -> None:
-        check_choice("method.regimes: rows", self.rows, ("sentence", "answer"))
-        check_choice("method.regimes: normalizer", self.normalizer, ("per_turn", "lifelong"))
-        check_choice("method.regimes: labels", self.labels, ("answer", "alone"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +76,7 @@ class RowStatistics:
 
 
 @dataclass(frozen=True, slots=True)
-class Sample:
+class LabelledSentence:
     """A sentence and the labels of its last positions but one, as token ids."""
 
     ids: tuple[int, ...]
@@ -129,60 +108,32 @@ class Shift:
         return float(self.left.norm(dim=0).max() * self.right.norm(dim=0).max())
 
 
-class UltraEditEditor(Editor):
-    """UltraEdit on one model.
+class UltraEditEditor(Editor[UltraEditConfig]):
+    """UltraEdit on one model; the weights of `config.modules` are changed in place, and nothing is drawn.
 
     A turn keeps `N (d_in + d_out)` numbers of each module in the model's dtype and twice as many in float32 while it is
     written, so `edits_per_turn` bounds the memory. It sees the weights as they were at its start, and a last turn of a
     call may be short.
 
-    Args:
-        model: a causal language model; the weights of `modules` are changed in place.
-        tokenizer: its tokenizer.
-        seed: not used, the method draws nothing.
-        modules: dotted paths of the edited linear modules; those of one shape share the statistics.
-        learning_rate: eta, the step along the normalised gradient.
-        regime: the entry of `regimes` to follow.
-        regimes: `rows`, `normalizer`, `labels` and `dtype` by name, see `Regime`.
-        edits_per_turn: cases that are written at once.
-        micro_batch: cases of a turn that run through the model at once; the loss is a mean over them.
-        master_weights: keep float32 values behind a half-precision model's weights; the published code does not.
-
     Raises:
-        UserError: the model has no such modules, or a constant is out of its range.
+        UserError: the model has no such modules, or one is not linear or in no decoder layer.
     """
 
     def __init__(
         self,
         model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: PreTrainedTokenizerBase | PromptEncoder,
+        config: UltraEditConfig,
         *,
-        seed: int,
-        modules: Sequence[str],
-        learning_rate: float,
-        regime: str,
-        regimes: Mapping[str, Mapping[str, Any]],
-        edits_per_turn: int,
-        micro_batch: int,
-        master_weights: bool,
+        seed: int = 0,
     ) -> None:
-        if regime not in regimes:
-            raise UserError(f"method.regime must be one of {', '.join(map(str, regimes))}, got '{regime}'")
-        if not learning_rate > 0:
-            raise UserError(f"method.learning_rate must be > 0, got {learning_rate}")
-        _check_count("edits_per_turn", edits_per_turn)
-        _check_count("micro_batch", micro_batch)
-        self.model = model
-        self.tokenizer = tokenizer
-        self.learning_rate = learning_rate
-        self.regime = Regime(**regimes[regime])
-        self.edits_per_turn = self.slice_size = edits_per_turn
-        self.micro_batch = micro_batch
-        self.pristine = PristineWeights(model, modules, where="method.modules")
-        self._modules = {path: model.get_submodule(path) for path in modules}
+        super().__init__(model, tokenizer, config, seed=seed)
+        self.regime = config.published
+        self.slice_size = config.edits_per_turn
+        self.pristine = PristineWeights(model, config.modules, where="method.modules")
+        self._modules = {path: model.get_submodule(path) for path in config.modules}
         self._shapes = {path: _shape(path, module) for path, module in self._modules.items()}
         self._masters = MasterWeights(self.pristine.weights)
-        self._keeps_masters = master_weights
         self.statistics = self._no_statistics()
 
     def _no_statistics(self) -> dict[Shape, RowStatistics]:
@@ -193,24 +144,24 @@ class UltraEditEditor(Editor):
 
     def edit(self, cases: Sequence[EditCase]) -> list[EditRecord]:
         """Write the cases in turns; the last turn of the call may be short."""
-        return [record for turn in _in_parts(cases, self.edits_per_turn) for record in self._turn(turn)]
+        return [record for turn in _in_parts(cases, self.config.edits_per_turn) for record in self._turn(turn)]
 
     def _turn(self, cases: Sequence[EditCase]) -> list[EditRecord]:
         started = time.perf_counter()
-        samples = [self._sample(case) for case in cases]
-        kept = [sample for sample in samples if sample]
+        sentences = [self._sentence(case) for case in cases]
+        kept = [sentence for sentence in sentences if sentence]
         problem = self._write(kept) if kept else None
         seconds = (time.perf_counter() - started) / len(cases)
         return [
-            _record(case, problem if sample else "prompt or target has no token", seconds)
-            for case, sample in zip(cases, samples, strict=True)
+            _record(case, problem if sentence else "prompt or target has no token", seconds)
+            for case, sentence in zip(cases, sentences, strict=True)
         ]
 
-    def _write(self, samples: Sequence[Sample]) -> str | None:
-        """Write the samples of one turn; a sentence, and nothing changed, where that is not possible."""
-        features, statistics = self._features(samples)
+    def _write(self, sentences: Sequence[LabelledSentence]) -> str | None:
+        """Write the sentences of one turn; the problem, and nothing changed, where that is not possible."""
+        features, statistics = self._features(sentences)
         shifts = {
-            path: closed_form(features.pop(path), statistics[shape], self.learning_rate)
+            path: closed_form(features.pop(path), statistics[shape], self.config.learning_rate)
             for path, shape in self._shapes.items()
         }
         for path, shift in shifts.items():
@@ -229,7 +180,7 @@ class UltraEditEditor(Editor):
         stored_as_is = isinstance(self._modules[path], Conv1D)
         a, b = (shift.left, shift.right) if stored_as_is else (shift.right, shift.left)
         weight = self.pristine.weights[path]
-        if self._keeps_masters or weight.dtype == torch.float32:
+        if self.config.master_weights or weight.dtype == torch.float32:
             self._masters.of(path).addmm_(a.T, b)
             self._masters.write(path)
         else:
@@ -237,42 +188,44 @@ class UltraEditEditor(Editor):
 
     # --- Features: inputs of the modules, gradients of their outputs ---------------------------------------
 
-    def _sample(self, case: EditCase) -> Sample | None:
-        """None where there is nothing to learn, or nothing to learn it from."""
-        edit = encode_edit(self.tokenizer, case.prompt, case.target)
+    def _sentence(self, case: EditCase) -> LabelledSentence | None:
+        """None where there is nothing to write, or nothing to write it behind."""
+        edit = self.encoder.edit(case.prompt, case.target)
         if not edit.prompt or not edit.target:
             return None
         labels = edit.target
         if self.regime.labels == "alone":
-            labels = tuple(encode_texts(self.tokenizer, [f" {case.target}"])[0])
-        return Sample(edit.ids, labels[1 - len(edit.ids) :])
+            labels = tuple(self.encoder.texts([f" {case.target}"])[0])
+        return LabelledSentence(edit.ids, labels[1 - len(edit.ids) :])
 
-    def _features(self, samples: Sequence[Sample]) -> tuple[dict[str, Features], dict[Shape, RowStatistics]]:
+    def _features(
+        self, sentences: Sequence[LabelledSentence]
+    ) -> tuple[dict[str, Features], dict[Shape, RowStatistics]]:
         """Rows of a turn by module, and the statistics that include them. All see the weights at the turn's start."""
         statistics = dict(self.statistics)
-        found: dict[str, list[Features]] = {path: [] for path in self._modules}
-        for batch in self._micro_batches(samples):
+        parts: dict[str, list[Features]] = {path: [] for path in self._modules}
+        for batch in self._micro_batches(sentences):
             _, features = self.batch_features(batch)
             for path, shape in self._shapes.items():
                 statistics[shape] = statistics[shape].updated(features[path].joined)
-                found[path].append(features[path])
-        return {path: _concatenated(parts) for path, parts in found.items()}, statistics
+                parts[path].append(features[path])
+        return {path: _concatenated(parts[path]) for path in parts}, statistics
 
-    def _micro_batches(self, samples: Sequence[Sample]) -> list[Sequence[Sample]]:
+    def _micro_batches(self, sentences: Sequence[LabelledSentence]) -> list[Sequence[LabelledSentence]]:
         """Neighbours side by side, the batch with most tokens first."""
-        batches = _in_parts(samples, self.micro_batch)
-        return sorted(batches, key=lambda batch: -sum(len(sample.ids) for sample in batch))
+        batches = _in_parts(sentences, self.config.micro_batch)
+        return sorted(batches, key=lambda batch: -sum(len(sentence.ids) for sentence in batch))
 
-    def batch_features(self, samples: Sequence[Sample]) -> tuple[float, dict[str, Features]]:
+    def batch_features(self, sentences: Sequence[LabelledSentence]) -> tuple[float, dict[str, Features]]:
         """Mean token cross-entropy (nats) of one micro-batch, and its rows by module.
 
         Weights need no gradient and get none; the backward pass ends at the lowest edited module.
         """
         device = self.model.device
-        batch = pad([sample.ids for sample in samples], pad_id_of(self.tokenizer), device=device)
-        labels = self._labels(samples).to(device)
+        batch = pad([sentence.ids for sentence in sentences], self.encoder.pad_id, device=device)
+        labels = self._labels(sentences).to(device)
         width = labels.shape[1]
-        with torch.enable_grad(), _watched(self._modules) as (inputs, outputs):
+        with torch.enable_grad(), _inputs_and_outputs(self._modules) as (inputs, outputs):
             logits = self.model(
                 input_ids=batch.input_ids,
                 attention_mask=batch.attention_mask,
@@ -286,15 +239,16 @@ class UltraEditEditor(Editor):
         if self.regime.rows == "answer":
             rows = F.pad(labels != _NO_LABEL, (rows.shape[1] - 1 - width, 1))
         return loss.item(), {
-            path: Features(inputs[path][rows.to(gradient.device)], gradient[rows.to(gradient.device)])
+            path: Features(inputs[path].detach()[rows.to(gradient.device)], gradient[rows.to(gradient.device)])
             for path, gradient in zip(self._modules, gradients, strict=True)
         }
 
-    def _labels(self, samples: Sequence[Sample]) -> Tensor:
+    def _labels(self, sentences: Sequence[LabelledSentence]) -> Tensor:
         """`(B, K)`, padded on the left: with what is not trained on, or as the release does with the pad token."""
-        fill = pad_id_of(self.tokenizer) if self.regime.labels == "alone" else _NO_LABEL
-        width = max(len(sample.labels) for sample in samples)
-        return torch.tensor([[fill] * (width - len(sample.labels)) + list(sample.labels) for sample in samples])
+        fill = self.encoder.pad_id if self.regime.labels == "alone" else _NO_LABEL
+        width = max(len(sentence.labels) for sentence in sentences)
+        rows = [[fill] * (width - len(sentence.labels)) + list(sentence.labels) for sentence in sentences]
+        return torch.tensor(rows)
 
     # --- State ---------------------------------------------------------------------------------------------
 
@@ -331,20 +285,20 @@ class UltraEditEditor(Editor):
 
     def warnings(self) -> list[str]:
         """Turns of several edits, and another half precision than the published one."""
-        found = []
-        if self.edits_per_turn > 1:
-            found.append(f"edits were written in turns of {self.edits_per_turn}")
+        warnings = []
+        if self.config.edits_per_turn > 1:
+            warnings.append(f"edits were written in turns of {self.config.edits_per_turn}")
         dtype = str(self.model.dtype).removeprefix("torch.")
         if dtype not in ("float32", self.regime.dtype):
-            found.append(
+            warnings.append(
                 f"weights are {dtype}; the published numbers were obtained in {self.regime.dtype}, "
                 f"as model.dtype={self.regime.dtype} does"
             )
-        return found
+        return warnings
 
 
 def closed_form(features: Features, statistics: RowStatistics, learning_rate: float) -> Shift:
-    """The shift of one matrix: ridge regression of the wanted output changes on the raw inputs, in float32.
+    """The shift of one matrix: ridge regression of the output changes `V` on the raw inputs, in float32.
 
     `V_i = -eta |h_i|^2 g_i` with normalised `h_i` and `g_i`, then `(H^T H + I)^-1 H^T V`, which is the same as
     `H^T (H H^T + I)^-1 V`; the smaller of the two systems is solved.
@@ -353,33 +307,23 @@ def closed_form(features: Features, statistics: RowStatistics, learning_rate: fl
     n_rows, d_in = inputs.shape
     normalized = statistics.normalized(features.joined)
     keys, gradients = normalized[:, :d_in], normalized[:, d_in:]
-    wanted = -learning_rate * keys.square().sum(dim=1, keepdim=True) * gradients
+    changes = -learning_rate * keys.square().sum(dim=1, keepdim=True) * gradients
     if n_rows <= d_in:
         gram = inputs @ inputs.T + torch.eye(n_rows, device=inputs.device)
-        return Shift(inputs, torch.linalg.solve(gram, wanted))
+        return Shift(inputs, torch.linalg.solve(gram, changes))
     gram = inputs.T @ inputs + torch.eye(d_in, device=inputs.device)
-    return Shift(torch.linalg.solve(gram, inputs.T).T, wanted)
+    return Shift(torch.linalg.solve(gram, inputs.T).T, changes)
 
 
 @contextmanager
-def _watched(modules: Mapping[str, torch.nn.Module]) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor]]]:
-    """Within the block, note inputs and outputs of modules; the outputs ask for gradients although no weight does."""
-    inputs: dict[str, Tensor] = {}
-    outputs: dict[str, Tensor] = {}
-
-    def noting(path: str) -> Any:
-        def note(_module: torch.nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            inputs[path] = args[0].detach()
-            outputs[path] = output if output.requires_grad else output.requires_grad_()
-
-        return note
-
-    handles = [module.register_forward_hook(noting(path)) for path, module in modules.items()]
-    try:
-        yield inputs, outputs
-    finally:
-        for handle in handles:
-            handle.remove()
+def _inputs_and_outputs(
+    modules: Mapping[str, torch.nn.Module],
+) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor]]]:
+    """Within the block, inputs and outputs of modules; the outputs have gradients although no weight has."""
+    with ExitStack() as stack:
+        for module in modules.values():
+            stack.enter_context(patched_output(module, Tensor.requires_grad_))
+        yield stack.enter_context(inputs_of(modules)), stack.enter_context(outputs_of(modules))
 
 
 def _in_parts(items: Sequence[Item], size: int) -> list[Sequence[Item]]:
@@ -415,8 +359,3 @@ def _loaded(state: Mapping[str, Tensor], shape: Shape, like: Tensor) -> RowStati
     if n is None or mean is None or spread is None or not mean.shape == spread.shape == like.shape:
         raise ValueError(f"the state lacks '{name}', or it is of another size; it is not one of this editor's")
     return RowStatistics(int(n), mean.to(like.device, copy=True), spread.to(like.device, copy=True))
-
-
-def _check_count(name: str, value: object) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise UserError(f"method.{name} must be a whole number of at least 1, got {value!r}")

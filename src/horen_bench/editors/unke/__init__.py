@@ -1,5 +1,1 @@
-"""UnKE: answers of a paragraph written into one whole decoder block."""
-
-from horen_bench.editors.unke.editor import UnkeEditor
-
-__all__ = ["UnkeEditor"]
+"""UnKE (arXiv 2405.15349): answers of a paragraph written into one whole decoder block."""

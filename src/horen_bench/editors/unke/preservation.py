@@ -1,4 +1,4 @@
-"""The texts whose outputs an edit must leave alone: a few drawn for every turn, Alpaca in the published code."""
+"""The texts whose outputs an edit must leave alone: a few drawn for every batch of cases, published from Alpaca."""
 
 import random
 from collections.abc import Mapping, Sequence
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from horen_bench.editors.shared.corpora import read_rows, text_of
+from horen_bench.editors.unke.config import Preservation
 from horen_bench.errors import UserError
 
 _SAMPLE_SEED = 2024  # the published code's, whatever the run's seed
@@ -18,47 +19,32 @@ class PreservedTexts:
     """A corpus and the generator that draws from it in stream order.
 
     Args:
-        corpus: as for `rewriting.corpus.read_corpus`; items with the fields `instruction`, `input` and `output`, as
-            Alpaca has them, are put into the template, all others are taken as they are.
-        template: what stands around an instruction, `{}` in its place; the output follows at once.
-        n_texts: texts per draw, or as many as there are.
-        max_tokens: tokens kept of a text; None: all.
-
-    Raises:
-        UserError: a constant is out of its range.
+        config: corpus, template, and how many texts a draw has.
     """
 
-    def __init__(self, *, corpus: str, template: str, n_texts: int, max_tokens: int | None) -> None:
-        if "{}" not in template:
-            raise UserError(f"method.preservation.template must hold {{}} for the instruction, got {template!r}")
-        for name, value in {"n_texts": n_texts, "max_tokens": 1 if max_tokens is None else max_tokens}.items():
-            if not isinstance(value, int) or value < 1:
-                raise UserError(f"method.preservation.{name} must be a whole number of at least 1, got {value!r}")
-        self.max_tokens = max_tokens
-        self._source = corpus
-        self._template = template
-        self._n_texts = n_texts
+    def __init__(self, config: Preservation) -> None:
+        self._config = config
         self._rows: Sequence[Any] | None = None
         self._random = random.Random(_SAMPLE_SEED)
 
     def draw(self) -> list[str]:
-        """The texts of the next turn, none twice; the corpus is read at the first draw.
+        """The texts of the next batch of cases, none twice; the corpus is read at the first draw.
 
         Raises:
             UserError: no such corpus, it is empty, or an item is no text.
         """
         if self._rows is None:
             self._rows = self._read()
-        chosen = self._random.sample(range(len(self._rows)), min(self._n_texts, len(self._rows)))
-        return [preserved_text(self._rows[i], self._template) for i in chosen]
+        drawn = self._random.sample(range(len(self._rows)), min(self._config.n_texts, len(self._rows)))
+        return [preserved_text(self._rows[i], self._config.template) for i in drawn]
 
     def _read(self) -> Sequence[Any]:
         try:
-            rows = read_rows(self._source, _WHERE)
+            rows = read_rows(self._config.corpus, _WHERE)
         except UserError as error:
             raise UserError(f"{error}; python -m horen_bench.datasets fetch alpaca gets the published one") from error
         if not len(rows):
-            raise UserError(f"{_WHERE}={self._source} holds no text")
+            raise UserError(f"{_WHERE}={self._config.corpus} holds no text")
         return rows
 
     def reset(self) -> None:

@@ -1,5 +1,1 @@
-"""WISE (arXiv 2405.14768): one layer's weight, a side copy of it, and a router between the two."""
-
-from horen_bench.editors.wise.editor import WiseEditor
-
-__all__ = ["WiseEditor"]
+"""WISE (arXiv 2405.14768), one layer's weight, a side copy of it, and a router between the two; and REPAIR on it."""

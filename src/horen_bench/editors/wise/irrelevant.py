@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from horen_bench.cases import EditCase
+from horen_bench.editors.wise.config import SideMemoryConfig
 from horen_bench.errors import UserError
 
-# Ours. Everyday questions, each with a detail that no dataset is likely to ask for.
+# Ours. Everyday prompts, each with a detail that no dataset is likely to have.
 BUILT_IN = (
     "how long does a kettle take to boil on a camp stove",
     "how many legs does a garden spider have when it hatches",
@@ -43,17 +44,52 @@ BUILT_IN = (
 )
 
 
-def irrelevant_prompts(path: str | None) -> Sequence[str]:
-    """The lines of a text file, or the built-in list.
+class DisjointPrompts:
+    """Prompts from a list that has nothing to do with the dataset, in turn.
 
     Args:
-        path: UTF-8 text, one prompt a line; None: the built-in list.
+        side: names the file of the list: UTF-8 text, one prompt a line; null: the built-in list.
+
+    Attributes:
+        prompts: the list.
+        n_borrowed: cases that got a prompt of the list because they have none of their own; 0 here.
 
     Raises:
         UserError: the file cannot be read or holds no prompt.
     """
-    if path is None:
-        return BUILT_IN
+
+    def __init__(self, side: SideMemoryConfig) -> None:
+        self.n_borrowed = 0
+        self.prompts = BUILT_IN if side.irrelevant_prompts is None else _read(side.irrelevant_prompts)
+
+    def check(self, cases: Sequence[EditCase]) -> None:
+        """Refuse a list of which some case is tested on a prompt, letter case, spaces and closing marks aside.
+
+        A list as a whole is refused, rather than single prompts left out, because which edit is trained on which prompt
+        must not depend on the cases that follow.
+
+        Raises:
+            UserError: such a case.
+        """
+        listed = {_bare(prompt) for prompt in self.prompts}
+        for case in cases:
+            for probe in case.locality:
+                if _bare(probe.prompt) in listed:
+                    raise UserError(
+                        f"method.irrelevant_prompts: case {case.id} tests locality on '{probe.prompt}', which is in "
+                        "the list that edits are trained to leave alone; give a file with other prompts"
+                    )
+
+    def of(self, _case: EditCase, turn: int) -> str:
+        """The prompt that this edit must not affect; `turn` is the number of its training."""
+        return self.prompts[turn % len(self.prompts)]
+
+    def warnings(self) -> list[str]:
+        """Where the prompts are from."""
+        return ["loc_source=disjoint: trained on irrelevant prompts that no case is tested on"]
+
+
+def _read(path: str) -> Sequence[str]:
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -62,25 +98,6 @@ def irrelevant_prompts(path: str | None) -> Sequence[str]:
     if not prompts:
         raise UserError(f"method.irrelevant_prompts={path} holds no prompt; write one a line")
     return prompts
-
-
-def check_disjoint(prompts: Sequence[str], cases: Sequence[EditCase]) -> None:
-    """Refuse a list of which some case is tested on a prompt, letter case, spaces and closing marks aside.
-
-    A list as a whole is refused, rather than single prompts left out, because which edit is trained on which prompt
-    must not depend on the cases that follow.
-
-    Raises:
-        UserError: such a case.
-    """
-    listed = {_bare(prompt) for prompt in prompts}
-    for case in cases:
-        for probe in case.locality:
-            if _bare(probe.prompt) in listed:
-                raise UserError(
-                    f"method.irrelevant_prompts: case {case.id} tests locality on '{probe.prompt}', which is in the "
-                    "list that edits are trained to leave alone; give a file with other prompts"
-                )
 
 
 def _bare(prompt: str) -> str:

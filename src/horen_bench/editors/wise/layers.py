@@ -9,7 +9,7 @@ them are padding.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from horen_bench.editors.wise.rows import TrainingRows
-from horen_bench.editors.wise.training import Activation, Forward, Pass, distances
+from horen_bench.editors.wise.training import Activation, Forward, SidePass, distances
+from horen_bench.models.hooks import ending_before, inputs_of, outputs_of, patched_output
 from horen_bench.models.partial import NotSupportedError, UpperLayers
 from horen_bench.models.prompt_hook import PromptHook
 
@@ -29,7 +30,7 @@ def plain_pass(
 ) -> Forward:
     """The whole model on all rows of one edit at every step: the path that the fast one is compared with."""
 
-    def forward(weights: Tensor) -> Pass:
+    def forward(weights: Tensor) -> SidePass:
         moved: list[Tensor] = []
 
         def respond(inputs: Tensor, outputs: Tensor, _mask: Tensor) -> Tensor:
@@ -40,7 +41,7 @@ def plain_pass(
         with hook.responding(respond):
             done = model(rows.input_ids, rows.attention_mask, use_cache=False, output_hidden_states=True)
         hidden = done.hidden_states[-1][:-1][rows.predicting]
-        return Pass(done.logits[:-1][rows.predicting], hidden, moved[0].mean(dim=1)[None], done.logits)
+        return SidePass(done.logits[:-1][rows.predicting], hidden, moved[0].mean(dim=1)[None], done.logits)
 
     return forward
 
@@ -52,13 +53,13 @@ class _Above:
     Attributes:
         entering: `(B, T, d)`, their input where the module gives nothing.
         calls: keyword arguments of each layer.
-        wanted: bool `(B, T)`, the positions that count.
+        predicting: bool `(B, T)`, the positions that count.
         places: int64 `(n,)`, the same as indices into `B * T`.
     """
 
     entering: Tensor
     calls: list[dict[str, Any]]
-    wanted: Tensor
+    predicting: Tensor
     places: Tensor
 
 
@@ -67,16 +68,15 @@ class SideLayers(UpperLayers):
 
     Args:
         model: the whole model; its modules are shared, nothing is copied.
-        module: the module whose output will be changed.
-        layer: number of the decoder layer that it is in.
+        path: dotted path of the module whose output will be changed.
 
     Raises:
-        NotSupportedError: the model is not laid out as `decoder.layers` with a norm and a head, or a check on a short
-            batch shows that running its upper layers alone gives other hidden states.
+        NotSupportedError: the module is in no numbered layer, the model is not laid out as `decoder.layers` with a norm
+            and a head, or a check on a short batch shows that running its upper layers alone gives other hidden states.
     """
 
-    def __init__(self, model: PreTrainedModel, module: nn.Module, layer: int) -> None:
-        super().__init__(model, module, layer)
+    def __init__(self, model: PreTrainedModel, path: str) -> None:
+        super().__init__(model, path)
         self._tokenwise: list[nn.Module] = []
         self._check_layers()
         self._tokenwise = self._tokenwise_modules()
@@ -85,51 +85,45 @@ class SideLayers(UpperLayers):
         """The pass on some edits' rows; what does not depend on the side weights is computed here, once."""
         width, n_edits, n_rows = max(rows.input_ids.shape[1] for rows in edits), len(edits), edits[0].input_ids.shape[0]
         below = [self._below(rows) for rows in edits]
-        inputs, main, entering = (torch.stack([_widened(one[i], width) for one in below]) for i in range(3))
+        inputs, main, entering = (torch.stack([_widened(states[i], width) for states in below]) for i in range(3))
         activated = activation(main)
         missing = [width - rows.input_ids.shape[1] for rows in edits]  # padding columns that an edit alone has not
         mask = torch.cat(
             [F.pad(rows.attention_mask[:-1], (lack, 0)) for rows, lack in zip(edits, missing, strict=True)]
         )
-        wanted = torch.cat([F.pad(rows.predicting, (lack, 0)) for rows, lack in zip(edits, missing, strict=True)])
+        predicting = torch.cat([F.pad(rows.predicting, (lack, 0)) for rows, lack in zip(edits, missing, strict=True)])
         columns = torch.arange(width, device=mask.device) - torch.tensor(missing, device=mask.device)[:, None]
         positions = columns.clamp(min=0).repeat_interleave(n_rows - 1, dim=0)
-        padding = int((mask.bool() | wanted).any(dim=0).int().argmax())  # columns that no edit row needs
+        padding = int((mask.bool() | predicting).any(dim=0).int().argmax())  # columns that no edit row needs
         above = self._prepared(
-            entering[:, :-1, padding:].flatten(0, 1), mask[:, padding:], positions[:, padding:], wanted[:, padding:]
+            entering[:, :-1, padding:].flatten(0, 1), mask[:, padding:], positions[:, padding:], predicting[:, padding:]
         )
 
-        def forward(weights: Tensor) -> Pass:
+        def forward(weights: Tensor) -> SidePass:
             side = inputs.view(n_edits, n_rows * width, -1) @ weights.transpose(1, 2)
             side = (side if bias is None else side + bias).view(main.shape)
             hidden = self._through(above, side[:, :-1, padding:].flatten(0, 1))
             moved = distances(side, activated, activation)
-            means = [one[:, lack:].mean(dim=1) for one, lack in zip(moved, missing, strict=True)]
-            return Pass(self._head(hidden), hidden, torch.stack(means))
+            means = [rows[:, lack:].mean(dim=1) for rows, lack in zip(moved, missing, strict=True)]
+            return SidePass(self._head(hidden), hidden, torch.stack(means))
 
         return forward
 
     @torch.no_grad()
     def _below(self, rows: TrainingRows) -> tuple[Tensor, Tensor, Tensor]:
         """The module's input and output, and what enters the layers above where the module gives nothing."""
-        seen: list[tuple[Tensor, Tensor]] = []
-        entering: list[Tensor] = []
-
-        def silence(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-            seen.append((args[0], output))
-            return torch.zeros_like(output) if self.module_ends_layer else None
-
-        def note(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            entering.append(args[0] if args else kwargs["hidden_states"])
-
-        with ExitStack() as hooks:
-            hooks.callback(self._module.register_forward_hook(silence).remove)
-            hooks.callback(self._boundary().register_forward_pre_hook(note, with_kwargs=True).remove)
+        module, boundary = self._module, self._boundary()
+        with (
+            inputs_of({"module": module, "above": boundary}) as inputs,
+            outputs_of({"module": module}) as outputs,
+            patched_output(module, lambda output: torch.zeros_like(output) if self.module_ends_layer else None),
+            ending_before(boundary) if self.module_ends_layer else nullcontext(),
+        ):
             self._decoder(input_ids=rows.input_ids, attention_mask=rows.attention_mask, use_cache=False)
-        return *seen[0], entering[0]
+        return inputs["module"], outputs["module"], inputs["above"]
 
     @torch.no_grad()
-    def _prepared(self, entering: Tensor, mask: Tensor, positions: Tensor, wanted: Tensor) -> _Above:
+    def _prepared(self, entering: Tensor, mask: Tensor, positions: Tensor, predicting: Tensor) -> _Above:
         """Run the upper decoder once and keep what it hands to each layer."""
         calls: list[dict[str, Any]] = []
 
@@ -137,26 +131,26 @@ class SideLayers(UpperLayers):
             calls.append({name: value for name, value in kwargs.items() if name != "hidden_states"})
 
         with ExitStack() as hooks:
-            for layer in self._upper_layers():
+            for layer in self._layers_above():
                 hooks.callback(layer.register_forward_pre_hook(note, with_kwargs=True).remove)
             self._upper(inputs_embeds=entering, attention_mask=mask, position_ids=positions, use_cache=False)
-        return _Above(entering, calls, wanted, wanted.flatten().nonzero()[:, 0])
+        return _Above(entering, calls, predicting, predicting.flatten().nonzero()[:, 0])
 
     def _through(self, above: _Above, side: Tensor) -> Tensor:
-        """Final hidden states at the wanted positions, `(n, d)`, with module outputs `(B, T, d)`."""
+        """Final hidden states at the predicting positions, `(n, d)`, with module outputs `(B, T, d)`."""
         hidden = above.entering + side if self.module_ends_layer else above.entering
         with ExitStack() as hooks:
             for module in self._tokenwise:
                 hooks.enter_context(_only_at(module, above))
             if not self.module_ends_layer:
-                hooks.callback(self._module.register_forward_hook(lambda _m, _a, _o: side).remove)
-            for layer, arguments in zip(self._upper_layers(), above.calls, strict=True):
+                hooks.enter_context(patched_output(self._module, lambda _output: side))
+            for layer, arguments in zip(self._layers_above(), above.calls, strict=True):
                 output = layer(hidden, **arguments)
                 hidden = output[0] if isinstance(output, tuple) else output
-        found: Tensor = self._decoder.norm(hidden.flatten(0, 1)[above.places])
-        return found
+        final: Tensor = self._decoder.norm(hidden.flatten(0, 1)[above.places])
+        return final
 
-    def _upper_layers(self) -> Sequence[nn.Module]:
+    def _layers_above(self) -> Sequence[nn.Module]:
         return list(self._layers[self._first :])
 
     @torch.no_grad()
@@ -165,12 +159,10 @@ class SideLayers(UpperLayers):
         try:
             above, mask, positions = self._example()
             ours = self._through(above, torch.zeros_like(above.entering))
-            with ExitStack() as hooks:
-                if not self.module_ends_layer:
-                    hooks.callback(self._module.register_forward_hook(lambda _m, _a, o: torch.zeros_like(o)).remove)
+            with nullcontext() if self.module_ends_layer else patched_output(self._module, torch.zeros_like):
                 whole = self._upper(
                     inputs_embeds=above.entering, attention_mask=mask, position_ids=positions, use_cache=False
-                ).last_hidden_state[above.wanted]
+                ).last_hidden_state[above.predicting]
         except (TypeError, AttributeError, RuntimeError, ValueError) as error:
             raise NotSupportedError(f"{type(self._decoder).__name__}: {error}") from error
         if not _near(ours, whole):
@@ -178,13 +170,13 @@ class SideLayers(UpperLayers):
 
     @torch.no_grad()
     def _tokenwise_modules(self) -> list[nn.Module]:
-        """Modules of the last layer that need run on wanted tokens only; none where that changes those tokens."""
+        """Modules of the last layer that need run on predicting tokens only; none where that changes those tokens."""
         if self._first >= self._n_layers:
             return []
         last = self._layers[-1]
         owners = [(getattr(last, "self_attn", None), "q_proj"), (getattr(last, "self_attn", None), "o_proj")]
-        found = [getattr(owner, name, None) for owner, name in [*owners, (last, "mlp")]]
-        modules = [one for one in found if one is not None and self._module not in set(one.modules())]
+        parts = [getattr(owner, name, None) for owner, name in [*owners, (last, "mlp")]]
+        modules = [part for part in parts if part is not None and self._module not in set(part.modules())]
         above, _, _ = self._example()
         zeros = torch.zeros_like(above.entering)
         whole = self._through(above, zeros)
@@ -201,35 +193,31 @@ class SideLayers(UpperLayers):
         width = self._model.config.get_text_config().hidden_size
         states = torch.linspace(-1, 1, 12 * width, device=weight.device).mul(40).sin().to(weight.dtype)
         mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1] * 6], device=weight.device)
-        wanted = torch.tensor([[0, 0, 0, 0, 1, 1], [0, 0, 0, 1, 1, 0]], device=weight.device).bool()
+        predicting = torch.tensor([[0, 0, 0, 0, 1, 1], [0, 0, 0, 1, 1, 0]], device=weight.device).bool()
         positions = torch.arange(6, device=weight.device)[None]
-        return self._prepared(states.view(2, 6, width), mask, positions, wanted), mask, positions
+        return self._prepared(states.view(2, 6, width), mask, positions, predicting), mask, positions
 
 
 @contextmanager
 def _only_at(module: nn.Module, above: _Above) -> Iterator[None]:
-    """Within the block the module runs on the wanted tokens alone, and gives 0 for all others."""
-    shape = above.wanted.shape
+    """Within the block the module runs on the predicting tokens alone, and gives 0 for all others."""
+    shape = above.predicting.shape
 
     def select(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return (args[0].flatten(0, 1)[None, above.places], *args[1:])
 
-    def spread(_module: nn.Module, _args: tuple[Tensor, ...], output: Any) -> Any:
-        some = output[0] if isinstance(output, tuple) else output
+    def spread(some: Tensor) -> Tensor:
         whole = some.new_zeros(shape.numel(), some.shape[-1]).index_copy(0, above.places, some.flatten(0, -2))
-        whole = whole.view(*shape, -1)
-        return (whole, *output[1:]) if isinstance(output, tuple) else whole
+        return whole.view(*shape, -1)
 
-    with ExitStack() as hooks:
-        hooks.callback(module.register_forward_pre_hook(select).remove)
-        hooks.callback(module.register_forward_hook(spread).remove)
+    with module.register_forward_pre_hook(select), patched_output(module, spread):
         yield
 
 
-def _near(one: Tensor, other: Tensor) -> bool:
+def _near(ours: Tensor, reference: Tensor) -> bool:
     """Equal up to the rounding of their dtype."""
-    scale = other.float().abs().max().clamp(min=1e-6)
-    return bool((one.float() - other.float()).abs().max() <= 50 * torch.finfo(one.dtype).eps * scale)
+    scale = reference.float().abs().max().clamp(min=1e-6)
+    return bool((ours.float() - reference.float()).abs().max() <= 50 * torch.finfo(ours.dtype).eps * scale)
 
 
 def _widened(states: Tensor, width: int) -> Tensor:

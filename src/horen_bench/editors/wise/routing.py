@@ -101,15 +101,15 @@ def route(
         side = F.linear(inputs, live.weight, bias)
         best = scores(side, activated, mask, activation)
         outputs, choices = _taken(best >= live.activation * act_ratio, side, outputs, LIVE, choices)
-    found = [best]
+    all_scores = [best]
     for index, memory in enumerate(memories):
         side = F.linear(inputs, memory.weight, bias)
         score = scores(side, activated, mask, activation)
         wins = (score > best) & (score > memory.activation * act_ratio)
         outputs, choices = _taken(wins, side, outputs, FIRST_MEMORY + index, choices)
         best = torch.where(wins, score, best)
-        found.append(score)
-    return Routed(outputs, choices, torch.stack(found, dim=1))
+        all_scores.append(score)
+    return Routed(outputs, choices, torch.stack(all_scores, dim=1))
 
 
 def _taken(rows: Tensor, side: Tensor, outputs: Tensor, choice: int, choices: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
-from horen_bench.prompts import encode_edit, encode_prompts, encode_texts, pad, pad_id_of
+from horen_bench.prompts import PromptEncoder, pad
 
 _NO_LABEL = -100
 _OPENERS = ("I", "You", "Because", "Yes", "Q: ")
@@ -24,7 +24,7 @@ class TrainingRows:
         attention_mask: int64 `(R, T)`.
         labels: int64 `(R - 1, T)`; the id at every position whose prediction is trained, -100 elsewhere.
         predicting: bool `(R - 1, T)`, the positions whose logits predict a label.
-        wanted_ids: int64 `(n,)`, the labels at `predicting`, row after row.
+        label_ids: int64 `(n,)`, the labels at `predicting`, row after row.
         owners: int64 `(n,)`, the row of each.
         n_labels: int64 `(R - 1,)`, labels per row.
         first_targets: int64 `(R - 1,)`, which of the `n` labels is the first token of each row's target.
@@ -34,14 +34,14 @@ class TrainingRows:
     attention_mask: Tensor
     labels: Tensor
     predicting: Tensor
-    wanted_ids: Tensor
+    label_ids: Tensor
     owners: Tensor
     n_labels: Tensor
     first_targets: Tensor
 
 
 def training_rows(
-    tokenizer: PreTrainedTokenizerBase,
+    encoder: PromptEncoder,
     templates: Sequence[str],
     *,
     prompt: str,
@@ -55,7 +55,7 @@ def training_rows(
     tokens; where the irrelevant prompt is the longest row, they are as many more as it sticks out (as published).
 
     Args:
-        tokenizer: of the model.
+        encoder: of the model's tokenizer.
         templates: contexts, each with one `{}` for the prompt.
         prompt: the edit prompt.
         target: the answer to write.
@@ -63,12 +63,12 @@ def training_rows(
         device: where the tensors go.
     """
     prompts = [filled(template, prompt) for template in templates]
-    prompt_ids = encode_prompts(tokenizer, prompts)
-    joint = encode_prompts(tokenizer, [f"{one} {target}" for one in prompts])
+    prompt_ids = encoder.prompts(prompts)
+    joint = encoder.prompts([f"{text} {target}" for text in prompts])
     for i, ids in enumerate(prompt_ids):
         if joint[i][: len(ids)] != ids:  # merged across the border
-            joint[i] = list(encode_edit(tokenizer, prompts[i], target).ids)
-    batch = pad([*joint, encode_prompts(tokenizer, [irrelevant])[0]], pad_id_of(tokenizer), device=device)
+            joint[i] = list(encoder.edit(prompts[i], target).ids)
+    batch = pad([*joint, encoder.prompts([irrelevant])[0]], encoder.pad_id, device=device)
     labels = batch.input_ids[:-1].masked_fill(batch.attention_mask[:-1] == 0, _NO_LABEL)
     labels[:, : max(map(len, prompt_ids))] = _NO_LABEL
     n_targets = torch.tensor([len(a) - len(b) for a, b in zip(joint, prompt_ids, strict=True)], device=device)
@@ -79,7 +79,7 @@ def training_rows(
         batch.attention_mask,
         labels,
         predicting,
-        wanted_ids=labels.roll(-1, dims=1)[predicting],
+        label_ids=labels.roll(-1, dims=1)[predicting],
         owners=predicting.nonzero()[:, 0],
         n_labels=n_labels,
         first_targets=n_labels.cumsum(dim=0) - torch.minimum(n_targets, n_labels),
@@ -92,14 +92,14 @@ def filled(template: str, text: str) -> str:
     return before + text + after
 
 
-def generated_templates(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+def generated_templates(model: PreTrainedModel, encoder: PromptEncoder) -> list[str]:
     """The bare prompt and ten contexts: how the model goes on from five openers, greedily, for 5 and 10 tokens.
 
     Args:
         model: unedited, or with its editor silent.
-        tokenizer: its tokenizer.
+        encoder: of its tokenizer.
     """
-    batch = pad(encode_texts(tokenizer, _OPENERS), pad_id_of(tokenizer), device=model.device)
+    batch = pad(encoder.texts(_OPENERS), encoder.pad_id, device=model.device)
     generate: Callable[..., Tensor] = getattr(model, "generate")  # noqa: B009 - its type is not declared
     templates = ["{}"]
     for n_tokens in _NEW_TOKENS:
@@ -111,8 +111,8 @@ def generated_templates(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
             top_p=None,
             top_k=None,
             max_new_tokens=n_tokens,
-            pad_token_id=pad_id_of(tokenizer),
+            pad_token_id=encoder.pad_id,
         )
-        texts = tokenizer.batch_decode(output, skip_special_tokens=True)
+        texts = encoder.tokenizer.batch_decode(output, skip_special_tokens=True)
         templates += [f"{text} {{}}" for text in texts]
     return templates

@@ -15,15 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from horen_bench.editors.wise.config import SideMemoryConfig, SideStopping
 from horen_bench.editors.wise.rows import TrainingRows
-from horen_bench.errors import UserError
 
 Activation = Callable[[Tensor], Tensor]
 Bounds = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True, slots=True)
-class Pass:
+class SidePass:
     """One forward pass with the side weights.
 
     Attributes:
@@ -38,66 +38,18 @@ class Pass:
     moved: Tensor
     everything: Tensor | None = None
 
-    def of(self, edit: int, labels: slice) -> "Pass":
+    def of(self, edit: int, labels: slice) -> "SidePass":
         """The part of one edit, whose labels are at `labels`."""
-        return Pass(self.logits[labels], self.hidden[labels], self.moved[edit : edit + 1], self.everything)
+        return SidePass(self.logits[labels], self.hidden[labels], self.moved[edit : edit + 1], self.everything)
 
-    def detached(self) -> "Pass":
+    def detached(self) -> "SidePass":
         """The same without gradients."""
         whole = None if self.everything is None else self.everything.detach()
-        return Pass(self.logits.detach(), self.hidden.detach(), self.moved.detach(), whole)
+        return SidePass(self.logits.detach(), self.hidden.detach(), self.moved.detach(), whole)
 
 
-Forward = Callable[[Tensor], Pass]  # of side weights (S, d, m)
-Extra = Callable[[Pass], Tensor]  # a further term of each edit's loss, (S,)
-
-
-@dataclass(frozen=True, slots=True)
-class Margins:
-    """Activation margins: irrelevant below `alpha`, edits above `beta`, and `gamma` between the two."""
-
-    alpha: float
-    beta: float
-    gamma: float
-
-
-@dataclass(frozen=True, slots=True)
-class Stopping:
-    """Stop once the loss is at most `loss` and its last change at most `change`."""
-
-    loss: float
-    change: float
-
-
-@dataclass(frozen=True, slots=True)
-class SideSchedule:
-    """How a side weight is trained.
-
-    Attributes:
-        learning_rate: of SGD without momentum.
-        weight_decay: added to the gradient behind the mask, so that it reaches every element.
-        n_steps: most steps per edit.
-        stopping: when to stop before.
-        margins: of the activation loss.
-        act_weight: weight of the activation loss; 1 in WISE.
-        norm_constraint: farthest that an element may be from the module's own weight; None: any.
-    """
-
-    learning_rate: float
-    weight_decay: float
-    n_steps: int
-    stopping: Stopping
-    margins: Margins
-    norm_constraint: float | None
-    act_weight: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not self.learning_rate > 0:
-            raise UserError(f"method.learning_rate must be > 0, got {self.learning_rate}")
-        if self.n_steps < 1:
-            raise UserError(f"method.n_steps must be at least 1, got {self.n_steps}")
-        if self.norm_constraint is not None and not self.norm_constraint > 0:
-            raise UserError(f"method.norm_constraint must be > 0 or null, got {self.norm_constraint}")
+Forward = Callable[[Tensor], SidePass]  # of side weights (S, d, m)
+Extra = Callable[[SidePass], Tensor]  # a further term of each edit's loss, (S,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +81,7 @@ class SideTrained:
         losses: edit and activation loss of every pass.
         loss: mean token cross-entropy (nats) of the last finite pass; NaN if there was none.
         steps: SGD steps taken.
-        finite: False if a loss or the weight was not finite; `weight` is then the last one that was sound.
+        finite: False if a loss or the weight was not finite; `weight` is then the last finite one.
         last: the last finite pass of this edit, without gradient; None if there was none.
     """
 
@@ -139,7 +91,7 @@ class SideTrained:
     loss: float
     steps: int
     finite: bool
-    last: Pass | None
+    last: SidePass | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,11 +115,11 @@ class Labels:
     def of(cls, rows: Sequence[TrainingRows]) -> "Labels":
         """Those of some edits, which have equally many rows."""
         n_rows = rows[0].labels.shape[0]
-        windows = [(one.n_labels + 1).clamp(max=one.labels.shape[1] - 1) for one in rows]
-        ends = torch.tensor([0, *(one.wanted_ids.numel() for one in rows)]).cumsum(0).tolist()
+        windows = [(edit.n_labels + 1).clamp(max=edit.labels.shape[1] - 1) for edit in rows]
+        ends = torch.tensor([0, *(edit.label_ids.numel() for edit in rows)]).cumsum(0).tolist()
         return cls(
-            torch.cat([one.wanted_ids for one in rows]),
-            torch.cat([one.owners + i * n_rows for i, one in enumerate(rows)]),
+            torch.cat([edit.label_ids for edit in rows]),
+            torch.cat([edit.owners + i * n_rows for i, edit in enumerate(rows)]),
             torch.stack(windows),
             [slice(*pair) for pair in pairwise(ends)],
         )
@@ -189,24 +141,21 @@ def distances(side: Tensor, activated: Tensor, activation: Activation) -> Tensor
         activated: the module's own output behind the activation function, `(..., d)`.
         activation: that function.
     """
-    found: Tensor = torch.linalg.vector_norm(activation(side) - activated, dim=-1)
-    return found
+    distance: Tensor = torch.linalg.vector_norm(activation(side) - activated, dim=-1)
+    return distance
 
 
-def margin_loss(edits: Tensor, irrelevant: Tensor, margins: Margins) -> Tensor:
+def margin_loss(edits: Tensor, irrelevant: Tensor, margins: Sequence[float]) -> Tensor:
     """Activation loss (paper Eq. 6), each hinge averaged over the rows that violate it: `(...)`.
 
     Args:
         edits: mean distance of each edit row, `(..., R - 1)`.
         irrelevant: mean distance of the irrelevant row, `(...)`.
-        margins: what must lie between them.
+        margins: alpha, beta and gamma: irrelevant rows below alpha, edits above beta, and gamma between the two.
     """
+    alpha, beta, gamma = margins
     held = irrelevant[..., None]
-    return (
-        _mean_positive(held - edits + margins.gamma)
-        + _mean_positive(held - margins.alpha)
-        + _mean_positive(margins.beta - edits)
-    )
+    return _mean_positive(held - edits + gamma) + _mean_positive(held - alpha) + _mean_positive(beta - edits)
 
 
 def _mean_positive(values: Tensor) -> Tensor:
@@ -219,7 +168,8 @@ def train_sides(
     *,
     base: Tensor,
     forward: Forward,
-    schedule: SideSchedule,
+    side: SideMemoryConfig,
+    act_weight: float,
     extra: Extra | None = None,
 ) -> list[SideTrained]:
     """Train each edit's side weight; one that is done waits for the others.
@@ -228,37 +178,38 @@ def train_sides(
         edits: of different shards.
         base: the module's own weight, `(d, m)`.
         forward: the pass with their side weights.
-        schedule: step size, margins, when to stop.
+        side: step size, margins, when to stop.
+        act_weight: weight of the activation loss.
         extra: a further term of the loss.
     """
-    labels, bounds = Labels.of([edit.rows for edit in edits]), _bounds(base, schedule.norm_constraint)
+    labels, bounds = Labels.of([edit.rows for edit in edits]), _bounds(base, side.norm_constraint)
     weights = torch.stack([edit.start for edit in edits]).requires_grad_()
-    sound = weights.detach().clone()
-    progress = [_Progress() for _ in edits]
-    for _ in range(schedule.n_steps):
+    finite = weights.detach().clone()
+    progress = [_SideProgress() for _ in edits]
+    for _ in range(side.n_steps):
         done = forward(weights)
         of_edit = edit_loss(done.logits, labels)
-        of_margins = margin_loss(done.moved[:, :-1], done.moved[:, -1], schedule.margins).to(of_edit.device)
-        loss = of_edit + schedule.act_weight * of_margins
+        of_margins = margin_loss(done.moved[:, :-1], done.moved[:, -1], side.act_margin).to(of_edit.device)
+        loss = of_edit + act_weight * of_margins
         if extra is not None:
             loss = loss + extra(done)
-        told = [of_edit, of_margins, loss, done.moved[:, :-1].mean(dim=1)]
-        values = torch.stack([one.detach().float().to(loss.device) for one in told], dim=1).tolist()
-        for i, one in enumerate(progress):
-            one.hear(values[i], done, schedule.stopping)
-        running = [i for i, one in enumerate(progress) if one.running]
+        columns = [of_edit, of_margins, loss, done.moved[:, :-1].mean(dim=1)]
+        values = torch.stack([column.detach().float().to(loss.device) for column in columns], dim=1).tolist()
+        for i, state in enumerate(progress):
+            state.take(values[i], done, side.early_stopping)
+        running = [i for i, state in enumerate(progress) if state.running]
         if not running:
             break
         (gradient,) = torch.autograd.grad(loss.sum(), [weights])
         for i in running:
-            sound[i].copy_(weights[i].detach())
-            _descend(weights.detach()[i], gradient[i], edits[i].mask, bounds, schedule)
+            finite[i].copy_(weights[i].detach())
+            _descend(weights.detach()[i], gradient[i], edits[i].mask, bounds, side)
     after = weights.detach()
-    return [one.result(i, after[i], sound[i], edits[i], labels.spans[i]) for i, one in enumerate(progress)]
+    return [state.result(i, after[i], finite[i], edits[i], labels.spans[i]) for i, state in enumerate(progress)]
 
 
 @dataclass(slots=True)
-class _Progress:
+class _SideProgress:
     """Where the training of one edit stands."""
 
     losses: list[tuple[float, float]] = field(default_factory=list)
@@ -269,9 +220,9 @@ class _Progress:
     steps: int = 0
     running: bool = True
     finite: bool = True
-    done: Pass | None = None
+    done: SidePass | None = None
 
-    def hear(self, values: Sequence[float], done: Pass, stopping: Stopping) -> None:
+    def take(self, values: Sequence[float], done: SidePass, stopping: SideStopping) -> None:
         """Take in a pass; the edit runs on unless its loss has settled or is not finite."""
         if not self.running:
             return
@@ -285,11 +236,11 @@ class _Progress:
         if self.running:
             self.before_last, self.last, self.steps = self.last, total, self.steps + 1
 
-    def result(self, i: int, weight: Tensor, sound: Tensor, edit: SideEdit, labels: slice) -> SideTrained:
-        """What came out for edit `i`; `sound` is its weight before the last step."""
+    def result(self, i: int, weight: Tensor, before: Tensor, edit: SideEdit, labels: slice) -> SideTrained:
+        """What came out for edit `i`; `before` is its weight before the last step."""
         finite = self.finite and bool(weight.isfinite().all())
         return SideTrained(
-            weight=(weight if finite else sound).clone(),
+            weight=(weight if finite else before).clone(),
             activation=self.activation,
             losses=self.losses,
             loss=_per_token(self.edit, edit.rows),
@@ -300,10 +251,10 @@ class _Progress:
 
 
 @torch.no_grad()
-def _descend(weight: Tensor, gradient: Tensor, mask: Tensor, bounds: Bounds | None, schedule: SideSchedule) -> None:
+def _descend(weight: Tensor, gradient: Tensor, mask: Tensor, bounds: Bounds | None, side: SideMemoryConfig) -> None:
     """One SGD step on the masked gradient, in the model's dtype, then the norm constraint; changes `weight`."""
-    gradient.mul_(mask).add_(weight, alpha=schedule.weight_decay)
-    weight.add_(gradient, alpha=-schedule.learning_rate)
+    gradient.mul_(mask).add_(weight, alpha=side.weight_decay)
+    weight.add_(gradient, alpha=-side.learning_rate)
     if bounds is not None:
         torch.clamp(weight, min=bounds[0], max=bounds[1], out=weight)
 
@@ -314,5 +265,5 @@ def _bounds(base: Tensor, constraint: float | None) -> Bounds | None:
 
 def _per_token(loss: float, rows: TrainingRows) -> float:
     """The edit loss without the extra position in each row's average; exact where rows have equally many labels."""
-    n_labels = rows.wanted_ids.numel() / rows.labels.shape[0]
+    n_labels = rows.label_ids.numel() / rows.labels.shape[0]
     return loss * min(n_labels + 1, rows.labels.shape[1] - 1) / n_labels
