@@ -51,7 +51,7 @@ WIKIUPDATE: dict[str, Any] = {"requested_rewrite": MQUAKE["requested_rewrite"][0
 
 
 def akew(part: Any, path: Path, conflicts: Any = "keep") -> Akew:
-    return Akew(part, str(path), conflicts)
+    return Akew(name=part, label=part, part=part, path=str(path), conflicts=conflicts)
 
 
 SUB_QUESTIONS = (Probe("Ana was born in", "Lima"), Probe("The trade of her father is", "joiner"))
@@ -64,7 +64,7 @@ def test_counterfact_asks_its_full_prompt_and_the_first_paraphrase(written: Call
             prompt="What is the mother tongue of Ana?",
             target="Ana speaks Dutch.\nShe learnt it in Köln.",
             subject="Ana",
-            paraphrases=("Ana's mother tongue?",),
+            paraphrases=(Probe("Ana's mother tongue?", "Ana speaks Dutch.\nShe learnt it in Köln."),),
             extras={"sub_question": SUB_QUESTIONS},
         )
     ]
@@ -77,7 +77,7 @@ def test_mquake_uses_the_first_of_its_rewrites(written: Callable[..., Path]) -> 
             prompt="Ana {Lima} is a citizen of?",
             target="Ana became a citizen of Peru.",
             subject="Ana {Lima}",
-            paraphrases=("Which country is Ana a citizen of?",),
+            paraphrases=(Probe("Which country is Ana a citizen of?", "Ana became a citizen of Peru."),),
             extras={"sub_question": SUB_QUESTIONS},
         )
     ]
@@ -203,12 +203,6 @@ def test_a_part_does_not_read_the_file_of_another(
     path = written([record])
     sentence = refusal(lambda: akew(part, path).cases(1))
     assert sentence.startswith(f"{path}: record 0, field 'requested_rewrite' must be {complaint}")
-
-
-def test_an_unknown_part_is_refused(refusal: Refusal) -> None:
-    assert refusal(lambda: akew("unke", Path("none.json"))) == (
-        "dataset.part must be one of counterfact, mquake, wikiupdate; got 'unke'"
-    )
 
 
 @pytest.mark.parametrize("part", ["counterfact", "mquake", "wikiupdate"])

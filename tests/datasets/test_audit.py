@@ -19,7 +19,7 @@ def edit(prompt: str, *probes: tuple[str, str], subject: str | None = None, para
         prompt=prompt,
         target="t",
         subject=subject,
-        paraphrases=(paraphrase,) if paraphrase else (),
+        paraphrases=(Probe(paraphrase, "t"),) if paraphrase else (),
         locality=tuple(Probe(*probe) for probe in probes),
     )
 
@@ -184,11 +184,18 @@ def test_work_grows_with_the_stream_and_not_with_its_square(case: Callable[[int]
 
 def test_a_stream_is_counted_by_hand() -> None:
     cases = [
-        EditCase("0", "Who is Ana?", "x", "Ana", ("Ana?",), (Probe("L", "l"), Probe("is Bo here", "l"))),
-        EditCase("1", "Who is Bo?", "x", "Bo", ("Who is Bo?", "Bo?"), extras={"mhop": (Probe("M", "m"),)}),
+        EditCase("0", "Who is Ana?", "x", "Ana", (Probe("Ana?", "x"),), (Probe("L", "l"), Probe("is Bo here", "l"))),
+        EditCase(
+            "1",
+            "Who is Bo?",
+            "x",
+            "Bo",
+            (Probe("Who is Bo?", "x"), Probe("Bo?", "x")),
+            extras={"mhop": (Probe("M", "m"),)},
+        ),
         EditCase("2", "Who is Ana?", "y", "Ana", hard_locality={"same_subject": (Probe("H", "h"), Probe("I", "i"))}),
         EditCase("3", "Who is Ana?", "x", None, extras={"mhop": ()}),
-        EditCase("4", "Who is Bo?", "x", "Cy", ("Bo?",), (Probe("L", "l"),)),
+        EditCase("4", "Who is Bo?", "x", "Cy", (Probe("Bo?", "x"),), (Probe("L", "l"),)),
         EditCase("5", "Who is Bo?", "x", "Bo"),
     ]
     assert composition(cases) == Composition(
@@ -216,7 +223,7 @@ def test_an_empty_stream_is_counted_too() -> None:
 
 
 def test_no_locality_probe_of_the_embedded_facts_is_touched() -> None:
-    counts = composition(Facts(1).cases(2000))
+    counts = composition(Facts(stream_seed=1).cases(2000))
     assert (counts.conflicts, counts.duplicates, counts.same_paraphrase) == (0, 0, 0)
     assert (counts.subject_outside, counts.touched) == (0, 0)
 

@@ -13,12 +13,12 @@ from horen_bench.paths import resource
 
 @pytest.fixture(scope="module")
 def stream() -> list[EditCase]:
-    return Facts(1).cases(2000)
+    return Facts(stream_seed=1).cases(2000)
 
 
 def test_a_short_stream_is_the_head_of_a_long_one(stream: list[EditCase]) -> None:
     for n in (0, 1, 17, 1999):
-        assert Facts(1).cases(n) == stream[:n]
+        assert Facts(stream_seed=1).cases(n) == stream[:n]
 
 
 def test_the_shipped_file_read_as_zsre_gives_the_same_cases(stream: list[EditCase]) -> None:
@@ -47,18 +47,18 @@ def test_every_case_has_every_family_of_probes(stream: list[EditCase]) -> None:
 
 
 def test_a_stream_is_longer_than_the_shipped_file_and_another_seed_is_another_stream(stream: list[EditCase]) -> None:
-    assert len(Facts(1).cases(2600)) == 2600
-    assert Facts(2).cases(10) != stream[:10]
+    assert len(Facts(stream_seed=1).cases(2600)) == 2600
+    assert Facts(stream_seed=2).cases(10) != stream[:10]
 
 
 def test_nothing_has_to_be_said_about_them() -> None:
-    assert Facts(1).warnings() == []
+    assert Facts(stream_seed=1).warnings() == []
 
 
 def test_more_edits_than_the_world_has_subjects_are_refused_at_once(
     refusal: Callable[[Callable[[], object]], str],
 ) -> None:
-    assert refusal(lambda: Facts(3).cases(700_001)) == (
+    assert refusal(lambda: Facts(stream_seed=3).cases(700_001)) == (
         "n=700001 is more than facts stream 3 holds; write n=700000 or less"
     )
 

@@ -8,7 +8,7 @@ import pytest
 from horen_bench.cases import EditCase
 from horen_bench.datasets.passages import Passages, records
 from horen_bench.models.loading import load_tokenizer
-from horen_bench.prompts import encode_edit
+from horen_bench.prompts import PromptEncoder
 from horen_bench.world import World
 from horen_bench.world.passages import known_facts
 
@@ -42,7 +42,7 @@ def test_each_passage_holds_the_short_answer_of_each_of_its_three_sub_questions(
         assert len({probe.prompt for probe in probes}) == 3
         assert all(probe.answer in case.target for probe in probes)
         assert case.target.count("They ") + case.target.count("It ") == 3
-        assert case.paraphrases[0] != case.prompt
+        assert case.paraphrases[0].prompt != case.prompt
 
 
 def test_no_passage_repeats_what_the_embedded_model_knows(cases: list[EditCase]) -> None:
@@ -55,7 +55,7 @@ def test_no_passage_repeats_what_the_embedded_model_knows(cases: list[EditCase])
 
 def test_question_and_passage_leave_room_in_the_embedded_models_context(cases: list[EditCase]) -> None:
     tokenizer = load_tokenizer("embedded:tiny")
-    lengths = [len(encode_edit(tokenizer, case.prompt, case.target).ids) for case in cases]
+    lengths = [len(PromptEncoder(tokenizer).edit(case.prompt, case.target).ids) for case in cases]
     assert min(lengths) > 25
     assert max(lengths) < 64
 

@@ -32,7 +32,7 @@ def question(i: int, **changes: Any) -> dict[str, Any]:
 
 def pool(*paths: Path, **settings: Any) -> ZsrePool:
     chosen = {"target": "answers", "pool_size": 1000, "draw": 1000, "draw_seed": 42, **settings}
-    return ZsrePool([str(path) for path in paths], **chosen)
+    return ZsrePool(paths=[str(path) for path in paths], **chosen)
 
 
 def in_file_order(dataset: ZsrePool, n: int) -> list[EditCase]:
@@ -48,7 +48,7 @@ def test_a_complete_record_is_a_case_named_by_file_and_position(written: Callabl
             prompt="Who is S0?",
             target="true 0",
             subject="S0",
-            paraphrases=("S0 is who?",),
+            paraphrases=(Probe("S0 is who?", "true 0"),),
             locality=(Probe("nq question: loc 0", "loc answer 0"),),
         )
     ]
@@ -150,26 +150,6 @@ def test_no_more_cases_than_the_draw_or_the_pool_has(
     assert len(pool(path, **settings).cases(most)) == most
     assert refusal(lambda: pool(path, **settings).cases(most + 1)) == (
         f"n={most + 1} is more than the {most} edits of this draw; write n={most} or less"
-    )
-
-
-@pytest.mark.parametrize(
-    ("settings", "sentence"),
-    [
-        ({"target": "pred"}, "dataset.target must be one of answers, alt; got 'pred'"),
-        ({"pool_size": 0}, "dataset.pool_size must be a whole number of at least 1; got 0"),
-        ({"draw": "all"}, "dataset.draw must be a whole number of at least 1; got 'all'"),
-        ({"draw_seed": -1}, "dataset.draw_seed must be a whole number of at least 0; got -1"),
-        ({"draw_seed": True}, "dataset.draw_seed must be a whole number of at least 0; got True"),
-    ],
-)
-def test_an_impossible_setting_is_refused(settings: dict[str, Any], sentence: str, refusal: Refusal) -> None:
-    assert refusal(lambda: pool(Path("none.json"), **settings)) == sentence
-
-
-def test_one_path_in_place_of_a_list_is_refused(refusal: Refusal) -> None:
-    assert refusal(lambda: ZsrePool("a.json", target="answers", pool_size=1, draw=1, draw_seed=0)) == (
-        "dataset.paths must be a list such as [train.json,edit.json]; got 'a.json'"
     )
 
 

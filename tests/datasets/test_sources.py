@@ -11,13 +11,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-import hydra
 import pytest
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-from omegaconf import OmegaConf
 from rich.console import Console
 
-from horen_bench.config.compose import build
+from horen_bench.config.compose import run_config
+from horen_bench.config.schema import Dataset
 from horen_bench.datasets import sources
 from horen_bench.datasets.sources import Source, fetch, manifest
 from horen_bench.paths import resource
@@ -56,20 +55,18 @@ def dataset_names() -> list[str]:
     return sorted(path.stem for path in (resource("conf") / "dataset").glob("*.yaml") if path.stem not in MADE_UP)
 
 
-def config_of(name: str, data_dir: Path) -> dict[str, Any]:
-    with hydra.initialize_config_dir(str(resource("conf")), version_base="1.3"):
-        composed = hydra.compose("config", [f"dataset={name}", f"data_dir={data_dir}"])
-    values: Any = OmegaConf.to_container(composed.dataset, resolve=True)
-    return dict(values)
+def dataset_of(name: str, data_dir: Path) -> Dataset:
+    return run_config([f"dataset={name}", f"data_dir={data_dir}"]).dataset
 
 
 @pytest.mark.parametrize("name", dataset_names())
 def test_what_is_fetched_for_a_dataset_is_what_its_configuration_reads(
     name: str, tmp_path: Path, refusal: Refusal
 ) -> None:
-    config = config_of(name, tmp_path)
-    read = {config.get("path"), config.get("train_path"), *config.get("paths", ())} - {None}
-    sentence = refusal(lambda: build(config, "dataset").cases(1))
+    dataset = dataset_of(name, tmp_path)
+    settings = dataset.model_dump()
+    read = {settings.get("path"), settings.get("train_path"), *settings.get("paths", ())} - {None}
+    sentence = refusal(lambda: dataset.cases(1))
     advised = re.search(r"python -m horen_bench\.datasets fetch (\w+),", sentence)
     assert advised is not None
     fetched = {str(tmp_path / source.file) for source in manifest()[advised[1]]}
@@ -79,7 +76,7 @@ def test_what_is_fetched_for_a_dataset_is_what_its_configuration_reads(
 
 def test_the_hub_has_the_eight_files_that_the_wikibigedit_loader_looks_for(tmp_path: Path, refusal: Refusal) -> None:
     (tmp_path / "wikibigedit").mkdir()
-    sentence = refusal(lambda: build(config_of("wikibigedit", tmp_path), "dataset").cases(1))
+    sentence = refusal(lambda: dataset_of("wikibigedit", tmp_path).cases(1))
     missing = re.findall(r"wiki_big_edit_\w+\.json", sentence)
     assert missing == [Path(source.file).name for source in manifest()["wikibigedit"]]
 

@@ -24,7 +24,7 @@ RANKIN = {
 
 
 def unke(path: Path, conflicts: Any = "keep") -> Unke:
-    return Unke(str(path), conflicts)
+    return Unke(path=str(path), conflicts=conflicts)
 
 
 def test_every_field_goes_where_the_published_loader_puts_it(written: Callable[..., Path]) -> None:
@@ -33,7 +33,12 @@ def test_every_field_goes_where_the_published_loader_puts_it(written: Callable[.
             id="40",
             prompt="What is George Rankin's occupation?",
             target="George Rankin is a politician.\nHe serves in C\u00f3rdoba.",
-            paraphrases=("What does George Rankin do for a living?",),
+            paraphrases=(
+                Probe(
+                    "What does George Rankin do for a living?",
+                    "George Rankin is a politician.\nHe serves in C\u00f3rdoba.",
+                ),
+            ),
             extras={
                 "sub_question": (
                     Probe("Where does he serve?", "C\u00f3rdoba."),
@@ -47,14 +52,14 @@ def test_every_field_goes_where_the_published_loader_puts_it(written: Callable[.
 @pytest.mark.parametrize("changes", [{"para_question": None}, {"para_question": " "}, {"para_question": NAN}])
 def test_without_a_paraphrase_the_question_stands_for_it(changes: dict[str, Any], written: Callable[..., Path]) -> None:
     (case,) = unke(written([{**RANKIN, **changes}])).cases(1)
-    assert case.paraphrases == ("What is George Rankin's occupation?",)
+    assert [probe.prompt for probe in case.paraphrases] == ["What is George Rankin's occupation?"]
 
 
 def test_nothing_but_question_and_answer_is_needed(written: Callable[..., Path]) -> None:
     records = [{"question": "Q0", "answer": "A0"}, {"question": "Q1", "answer": "A1"}]
     assert unke(written(records)).cases(2) == [
-        EditCase(id="0", prompt="Q0", target="A0", paraphrases=("Q0",), extras={"sub_question": ()}),
-        EditCase(id="1", prompt="Q1", target="A1", paraphrases=("Q1",), extras={"sub_question": ()}),
+        EditCase(id="0", prompt="Q0", target="A0", paraphrases=(Probe("Q0", "A0"),), extras={"sub_question": ()}),
+        EditCase(id="1", prompt="Q1", target="A1", paraphrases=(Probe("Q1", "A1"),), extras={"sub_question": ()}),
     ]
 
 
@@ -108,7 +113,7 @@ def test_the_thousand_published_records_are_what_they_are_said_to_be(real_record
     probes = [len(case.extras["sub_question"]) for case in cases]
     assert (sum(probes), min(probes), max(probes)) == (4729, 4, 8)
     assert cases[0].prompt == "What is George Rankin's occupation?"
-    assert cases[0].paraphrases == ("What does George Rankin do for a living?",)
+    assert [probe.prompt for probe in cases[0].paraphrases] == ["What does George Rankin do for a living?"]
     assert cases[0].extras["sub_question"][0] == Probe(
         "How long has George Rankin been involved in politics?", "Over a decade."
     )

@@ -48,7 +48,7 @@ def update(i: int, **changes: Any) -> dict[str, Any]:
 
 
 def wikibigedit(path: Path, conflicts: Any = "keep") -> WikiBigEdit:
-    return WikiBigEdit(str(path), conflicts)
+    return WikiBigEdit(path=str(path), conflicts=conflicts)
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ def test_every_field_goes_where_the_published_loader_puts_it(written: Callable[.
             prompt="Who is Tyson Fury married to?",
             target="P\u00e1ris Fury",
             subject="Tyson Fury",
-            paraphrases=("Who is the spouse of Tyson Fury?",),
+            paraphrases=(Probe("Who is the spouse of Tyson Fury?", "P\u00e1ris Fury"),),
             locality=(Probe("Who is Tyson Gay married to?", "Nobody"),),
             extras={
                 "personas": (Probe("Hey mate, who's Tyson Fury hitched to?", "P\u00e1ris Fury"),),

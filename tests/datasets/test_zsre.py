@@ -67,7 +67,7 @@ def test_every_field_goes_where_the_published_loader_puts_it(written: Callable[.
             prompt="Where was Auguste Rodin born?",
             target="Paris",
             subject="Auguste Rodin",
-            paraphrases=("In what town was Auguste Rodin born?",),
+            paraphrases=(Probe("In what town was Auguste Rodin born?", "Paris"),),
             locality=(Probe("nq question: who painted the night watch", "Rembrandt"),),
         )
     ]
@@ -236,81 +236,3 @@ def test_locality_prompts_are_verbatim_unless_an_option_words_them_otherwise(
     (of_train,) = zsre(edits, edits, strip_nq_prefix=strip, append_question_mark=append).cases(1)
     assert own.locality == of_train.locality == (Probe(expected, "loc answer 0"),)
     assert NqWording(strip, append).of(Record({"loc": loc, "loc_ans": "loc answer 0"}, 0, "")) == own.locality
-
-
-# --- Settings ----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("options", "sentence"),
-    [
-        ({"target": "pred"}, "dataset.target must be one of answers, alt; got 'pred'"),
-        ({"locality_source": "edit"}, "dataset.locality_source must be one of train, record; got 'edit'"),
-        ({"strip_nq_prefix": "no"}, "dataset.strip_nq_prefix must be one of True, False; got 'no'"),
-        ({"append_question_mark": None}, "dataset.append_question_mark must be one of True, False; got None"),
-        (
-            {"locality_source": "train"},
-            "dataset.locality_source=train needs dataset.train_path=; or write record instead",
-        ),
-    ],
-)
-def test_an_impossible_setting_is_refused_before_any_file_is_read(
-    options: dict[str, Any], sentence: str, refusal: Refusal
-) -> None:
-    assert refusal(lambda: zsre(Path("none.json"), **options)) == sentence
-
-
-def test_an_unknown_rule_on_conflicts_is_refused(written: Callable[..., Path], refusal: Refusal) -> None:
-    assert refusal(lambda: zsre(written([question(0)]), conflicts="drop").cases(1)) == (
-        "dataset.conflicts must be one of keep, drop_earlier, drop_later; got 'drop'"
-    )
-
-
-# --- Published records -------------------------------------------------------------------------------------
-
-
-def test_the_published_head_is_read_in_full(real_records: Path) -> None:
-    cases = zsre(real_records / "zsre_mend_eval_head.json").cases(16)
-    assert cases[0] == EditCase(
-        id="0",
-        prompt="What university did Watts Humphrey attend?",
-        target="Illinois Institute of Technology",
-        subject="Watts Humphrey",
-        paraphrases=("What university did Watts Humphrey take part in?",),
-        locality=(Probe("nq question: who played desmond doss father in hacksaw ridge", "Hugo Weaving"),),
-    )
-    for case in cases:
-        assert str(case.subject) in case.prompt
-        assert len(case.paraphrases) == len(case.locality) == 1
-        assert case.locality[0].prompt.startswith("nq question: ")
-        assert not case.locality[0].prompt.endswith("?")
-    alternatives = zsre(real_records / "zsre_mend_eval_head.json", target="alt").cases(16)
-    assert [case.target for case in alternatives[:2]] == ["University of Michigan", "Lamiinae"]
-    assert alternatives[10].target == "Clairmont-Mayer"  # " Clairmont-Mayer" in the file
-
-
-def test_the_published_head_has_sixteen_records_and_no_more(real_records: Path, refusal: Refusal) -> None:
-    path = real_records / "zsre_mend_eval_head.json"
-    assert refusal(lambda: zsre(path).cases(17)) == f"n=17 is more than {path} holds; write n=16 or less"
-
-
-def test_a_thousand_published_edits_without_answers_are_read_with_target_alt(real_records: Path) -> None:
-    cases = zsre(real_records / "zsre_alt_1000.json", target="alt").cases(1000)
-    assert [case.id for case in cases] == [str(i) for i in range(1000)]
-    assert cases[0] == EditCase(
-        id="0",
-        prompt="When was the inception of IAAF Combined Events Challenge?",
-        target="2006",
-        subject="IAAF Combined Events Challenge",
-        paraphrases=("When was the IAAF Combined Events Challenge launched?",),
-        locality=(Probe("nq question: what is the name of the last episode of spongebob", "The String"),),
-    )
-    assert all(str(case.subject) in case.prompt and case.locality for case in cases)
-
-
-def test_published_edits_without_answers_are_refused_under_target_answers(real_records: Path, refusal: Refusal) -> None:
-    path = real_records / "zsre_alt_1000.json"
-    assert refusal(lambda: zsre(path).cases(1)) == (
-        f"{path}: record 0, field 'answers' must be a list with an answer, got nothing; its fields are "
-        "subject, src, rephrase, alt, loc, loc_ans"
-    )

@@ -13,23 +13,21 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 import pytest
 import wandb
-from hydra.utils import instantiate
-from omegaconf import OmegaConf
 
+from horen_bench.config.compose import run_config
 from horen_bench.errors import UserError
-from horen_bench.results.store import RunStore
-from horen_bench.tracking import NoTracker, WandbTracker, wandb_tracker
-from horen_bench.tracking.__main__ import main
-from horen_bench.tracking.upload import upload
+from horen_bench.tracking import wandb_tracker
+from horen_bench.tracking.base import NoTracker
+from horen_bench.tracking.config import WandbConfig
+from horen_bench.tracking.wandb_tracker import WandbTracker
 
 PROTO: Any = importlib.import_module("wandb.proto.wandb_internal_pb2")  # generated, without types
-CONF = Path(__file__).parents[2] / "conf" / "tracker"
 RUN_ID = "0123456789abcdef"
 CONFIG = {
     "model": {"name": "tiny"},
@@ -68,8 +66,8 @@ def _clean_environment(home: Path) -> dict[str, str]:
     return {**kept, "HOME": str(home), "NETRC": str(home / "netrc")}
 
 
-def _tracker(mode: str = "offline") -> WandbTracker:
-    return WandbTracker(project="horen-bench", entity=None, mode=mode, group="tiny-facts", tags=["test"])
+def _tracker(mode: Literal["online", "offline"] = "offline") -> WandbTracker:
+    return WandbTracker(WandbConfig(project="horen-bench", mode=mode, group="tiny-facts", tags=["test"]))
 
 
 def _row(n: int, **changes: Any) -> dict[str, Any]:
@@ -330,14 +328,9 @@ def test_damaged_ledger_is_refused_by_its_path(tmp_path: Path) -> None:
 
 
 def test_run_that_the_client_refuses_is_reported_in_one_line(tmp_path: Path) -> None:
-    tracker = WandbTracker(project="a/b", entity=None, mode="offline", group=None, tags=[])
+    tracker = WandbTracker(WandbConfig(project="a/b", mode="offline"))
     with pytest.raises(UserError, match=r"did not open the run \(UsageError: Invalid project name.*tracker=none"):
         tracker.start(tmp_path, RUN_ID, CONFIG, [])
-
-
-def test_unknown_mode_is_refused() -> None:
-    with pytest.raises(UserError, match=r"online or offline, got 'dryrun'; tracker=none"):
-        _tracker(mode="dryrun")
 
 
 def test_two_trackers_in_one_process_do_not_meet(tmp_path: Path) -> None:
@@ -373,9 +366,11 @@ def test_no_tracker_leaves_wandb_unimported(tmp_path: Path) -> None:
     script = """
         import sys
         from pathlib import Path
-        import horen_bench.tracking as tracking
-        tracking.WandbTracker(project="p", entity=None, mode="online", group=None, tags=[])
-        tracker = tracking.NoTracker()
+        from horen_bench.tracking.base import NoTracker
+        from horen_bench.tracking.config import WandbConfig
+        from horen_bench.tracking.wandb_tracker import WandbTracker
+        WandbTracker(WandbConfig(project="p", mode="online"))
+        tracker = NoTracker()
         tracker.start(Path(), "id", {}, [])
         tracker.log({"n": 1, "protocol": "greedy"})
         tracker.finish(None)
@@ -391,9 +386,10 @@ def test_online_without_login_is_refused_without_a_prompt(tmp_path: Path) -> Non
         import sys
         from pathlib import Path
         from horen_bench.errors import UserError
-        from horen_bench.tracking import WandbTracker
+        from horen_bench.tracking.config import WandbConfig
+        from horen_bench.tracking.wandb_tracker import WandbTracker
         sys.stdout.isatty = sys.stderr.isatty = lambda: True
-        tracker = WandbTracker(project="p", entity=None, mode="online", group=None, tags=[])
+        tracker = WandbTracker(WandbConfig(project="p", mode="online"))
         try:
             tracker.start(Path(sys.argv[1]), "id", {CONFIG!r}, [])
         except UserError as error:
@@ -418,8 +414,9 @@ def test_run_goes_on_when_the_client_dies(tmp_path: Path) -> None:
         from pathlib import Path
         import pandas as pd
         import psutil
-        from horen_bench.tracking import WandbTracker
-        tracker = WandbTracker(project="p", entity=None, mode="offline", group=None, tags=[])
+        from horen_bench.tracking.config import WandbConfig
+        from horen_bench.tracking.wandb_tracker import WandbTracker
+        tracker = WandbTracker(WandbConfig(project="p", mode="offline"))
         tracker.start(Path(sys.argv[1]), "id", {CONFIG!r}, [])
         tracker.log({{"n": 10, "protocol": "greedy"}})
         (client,) = [child for child in psutil.Process().children() if "wandb-core" in child.name()]
@@ -458,8 +455,9 @@ def test_rows_of_a_killed_process_are_in_its_file(tmp_path: Path) -> None:
     script = f"""
         import os, sys, time
         from pathlib import Path
-        from horen_bench.tracking import WandbTracker
-        tracker = WandbTracker(project="p", entity=None, mode="offline", group=None, tags=[])
+        from horen_bench.tracking.config import WandbConfig
+        from horen_bench.tracking.wandb_tracker import WandbTracker
+        tracker = WandbTracker(WandbConfig(project="p", mode="offline"))
         tracker.start(Path(sys.argv[1]), "id", {CONFIG!r}, [])
         tracker.log({{"n": 10, "protocol": "greedy"}})
         time.sleep(2.5)
@@ -474,75 +472,9 @@ def test_rows_of_a_killed_process_are_in_its_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("name", "kind"), [("none", NoTracker), ("wandb", WandbTracker)])
 def test_config_file_builds_its_tracker(name: str, kind: type) -> None:
-    whole = OmegaConf.create({"model": {"name": "tiny"}, "dataset": {"name": "facts"}})
-    whole.tracker = OmegaConf.load(CONF / f"{name}.yaml")
-    tracker = instantiate(whole.tracker)
+    tracker = run_config([f"tracker={name}"]).tracker.build()
     assert type(tracker) is kind
     if isinstance(tracker, WandbTracker):
-        assert (tracker.project, tracker.mode, tracker.entity) == ("horen-bench", "online", None)
-        assert (tracker.group, tracker.tags) == ("tiny-facts", [])
-
-
-# --- Runs that were not tracked while they ran ---------------------------------------------------------
-
-
-def _stored(run_dir: Path) -> RunStore:
-    """A run directory as a finished run leaves it: two protocols at each of two checkpoints."""
-    store = RunStore(run_dir)
-    config = {**CONFIG, "seed": 7, "tracker": {"_target_": "horen_bench.tracking.NoTracker"}}
-    store.describe(OmegaConf.to_yaml(OmegaConf.create(config)), {}, {})
-    for n in (10, 20):
-        for protocol in ("greedy", "release"):
-            cases = pd.DataFrame({"n": n, "protocol": protocol, "case": ["a", "b"]})
-            store.add_checkpoint({**_row(n, protocol=protocol), "run": RUN_ID}, cases)
-    return store
-
-
-def test_stored_run_lands_where_a_tracked_one_does_and_only_once(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    store = _stored(tmp_path / "run")
-    call = ["upload", str(store.path), "--offline", "--project", "other", "--tag", "late"]
-    assert main(call) == 0
-    assert capsys.readouterr().out == f"{store.path}: copied\n"
-
-    (records,) = _closed(store.path)
-    run = _of(records, "run")[0]
-    assert (run.run_id, run.project, run.run_group) == (RUN_ID, "other", "tiny-facts")
-    assert (run.display_name, list(run.tags)) == ("horen-tiny-facts-01234567", ["late"])
-    assert _values(run.config.update)["method"] == CONFIG["method"]
-    history = _history(records)
-    assert [(row["edits"], row.get("greedy/rel"), row.get("release/rel")) for row in history] == [
-        (10, 0.51, None),
-        (20, 0.52, None),
-        (10, None, 0.51),
-        (20, None, 0.52),
-    ]
-    assert len(pd.read_parquet(_artifact(store.path)[1]["cases.parquet"])) == 8
-
-    assert main(call) == 0
-    assert "nothing new" in capsys.readouterr().out
-    assert len(_closed(store.path)) == 1, "no second process opened the run"
-
-
-def test_later_rows_of_an_uploaded_run_follow(tmp_path: Path) -> None:
-    store = _stored(tmp_path)
-    assert upload(store.path, {"mode": "offline"})
-    store.add_checkpoint({**_row(30), "run": RUN_ID}, pd.DataFrame({"n": [30], "protocol": "greedy", "case": "a"}))
-    assert upload(store.path, {"mode": "offline"})
-    assert [[row["edits"] for row in _history(records)] for records in _closed(store.path)] == [[10, 20, 10, 20], [30]]
-    assert not upload(store.path, {"mode": "offline"})
-
-
-def test_a_directory_without_results_is_refused_and_left_alone(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["upload", str(tmp_path / "none"), "--offline"]) == 2
-    assert "none is no run directory with a stored checkpoint" in capsys.readouterr().err
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_run_that_is_at_work_is_not_uploaded(tmp_path: Path) -> None:
-    store = _stored(tmp_path)
-    with store.locked(), pytest.raises(UserError, match="another process is working on this run"):
-        upload(store.path, {"mode": "offline"})
+        settings = tracker.config
+        assert (settings.project, settings.mode, settings.entity) == ("horen-bench", "online", None)
+        assert settings.group == "tiny-facts"

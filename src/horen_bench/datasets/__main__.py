@@ -4,18 +4,14 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
-from hydra.errors import HydraException
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.table import Table
 
 from horen_bench.cases import EditCase
-from horen_bench.config.compose import build, composed, plain_words
+from horen_bench.config.compose import run_config
+from horen_bench.config.schema import ModelConfig
 from horen_bench.datasets.audit import composition, touched_probes
-from horen_bench.datasets.base import Dataset
 from horen_bench.datasets.sources import fetch, manifest
 from horen_bench.errors import UserError
 
@@ -89,17 +85,12 @@ def _inspect(options: argparse.Namespace, console: Console) -> None:
     overrides = [f"dataset={options.dataset}", *options.settings]
     if options.model:
         overrides.append(f"model={options.model}")
-    try:
-        config = composed(overrides)
-        values: Any = OmegaConf.to_container(config.dataset, resolve=True)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(plain_words(error)) from error
-    dataset: Dataset = build(values, "dataset")
-    cases = dataset.cases(options.n)
+    config = run_config(overrides)
+    cases = config.dataset.cases(options.n)
     _print_composition(cases, console)
     if options.model:
-        _print_lengths(cases, config.model.hub_id, config.model.revision, console)
-    for warning in dataset.warnings():
+        _print_lengths(cases, config.model, console)
+    for warning in config.dataset.warnings():
         console.print(f"note: {warning}", highlight=False, markup=False)
     for case in cases[: options.show]:
         console.print(case)
@@ -131,15 +122,15 @@ def _print_composition(cases: Sequence[EditCase], console: Console) -> None:
         )
 
 
-def _print_lengths(cases: Sequence[EditCase], hub_id: str, revision: str | None, console: Console) -> None:
+def _print_lengths(cases: Sequence[EditCase], model: ModelConfig, console: Console) -> None:
     # Imported here: the other commands do without torch and transformers.
     from horen_bench.models.loading import load_tokenizer  # noqa: PLC0415
-    from horen_bench.prompts import encode_continuations, encode_prompts  # noqa: PLC0415
+    from horen_bench.prompts import PromptEncoder  # noqa: PLC0415
 
-    tokenizer = load_tokenizer(hub_id, revision)
-    prompts = sorted(map(len, encode_prompts(tokenizer, [case.prompt for case in cases])))
-    targets = sorted(map(len, encode_continuations(tokenizer, [case.target for case in cases])))
-    table = Table("tokens", "median", "90 %", "99 %", "longest", title=f"token lengths, {hub_id}")
+    encoder = PromptEncoder(load_tokenizer(model.hub_id, model.revision))
+    prompts = sorted(map(len, encoder.prompts([case.prompt for case in cases])))
+    targets = sorted(map(len, encoder.continuations([case.target for case in cases])))
+    table = Table("tokens", "median", "90 %", "99 %", "longest", title=f"token lengths, {model.hub_id}")
     for name, lengths in (("prompt", prompts), ("target", targets)):
         quantiles = [lengths[min(len(lengths) - 1, int(share * len(lengths)))] for share in (0.5, 0.9, 0.99, 1)]
         table.add_row(name, *map(str, quantiles))

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Literal
 
 from horen_bench.cases import EditCase, Probe
-from horen_bench.datasets.base import Conflicts, Dataset, cases_of_file, one_of, stream_head
+from horen_bench.config.schema import Conflicts, Dataset, Text
+from horen_bench.datasets.base import cases_of_file, stream_head
 from horen_bench.datasets.records import Record
 
 Part = Literal["counterfact", "mquake", "wikiupdate"]
@@ -24,26 +25,22 @@ _N_TRIPLETS = 5
 
 
 class Akew(Dataset):
-    """One file of AKEW.
+    """One file of AKEW."""
 
-    Args:
-        part: which of the three it is.
-        path: the file.
-        conflicts: what becomes of prompts with different targets.
-    """
-
-    def __init__(self, part: Part, path: str, conflicts: Conflicts) -> None:
-        self.part: Part = one_of("dataset.part", part, ("counterfact", "mquake", "wikiupdate"))
-        self.path = Path(path)
-        self.conflicts = conflicts
+    part: Part
+    """Which of the three it is."""
+    path: Text
+    """The file."""
+    conflicts: Conflicts = "keep"
+    """What becomes of prompts that are given different targets."""
 
     def cases(self, n: int) -> list[EditCase]:
         """The first `n` records in file order."""
-        return stream_head(self._read, n, self.conflicts, str(self.path))
+        return stream_head(self._read, n, self.conflicts, self.path)
 
     def _read(self, enough: int | None) -> list[EditCase]:
         how_to_get = f"run python -m horen_bench.datasets fetch {self.part}, or name your file with dataset.path="
-        return cases_of_file(self.path, self._case, enough, how_to_get)
+        return cases_of_file(Path(self.path), self._case, enough, how_to_get)
 
     def _case(self, record: Record) -> EditCase:
         rewrite = record.inside("requested_rewrite", at=0 if self.part == "mquake" else None)
@@ -53,14 +50,15 @@ class Akew(Dataset):
         else:
             prompt = _filled(rewrite) + "?"
             paraphrases = (rewrite.text("question"),)
+        target = rewrite.text("fact_new_uns")
         triplets = [rewrite.inside("unsfact_triplets_GPT", at=i) for i in range(_n_triplets(rewrite))]
         return EditCase(
             id=str(record.values.get("case_id", record.index)),
             prompt=prompt,
-            target=rewrite.text("fact_new_uns"),
+            target=target,
             subject=rewrite.optional("subject"),
-            paraphrases=paraphrases,
-            extras={"sub_question": tuple(Probe(_filled(one), one.text("target")) for one in triplets)},
+            paraphrases=tuple(Probe(text, target) for text in paraphrases),
+            extras={"sub_question": tuple(Probe(_filled(triplet), triplet.text("target")) for triplet in triplets)},
         )
 
 

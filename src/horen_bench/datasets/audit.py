@@ -57,7 +57,7 @@ class _EditIndex:
         self._prompts: dict[str, list[int]] = {}
         self._subjects: dict[tuple[str, ...], list[int]] = {}
         for i, case in enumerate(cases):
-            for prompt in {case.prompt, *case.paraphrases}:
+            for prompt in {case.prompt, *(probe.prompt for probe in case.paraphrases)}:
                 _keep_two(self._prompts.setdefault(prompt, []), i)
             if case.subject and (words := _words(case.subject)):
                 _keep_two(self._subjects.setdefault(words, []), i)
@@ -126,16 +126,15 @@ def composition(cases: Sequence[EditCase]) -> Composition:
         probes={name: sum(one.get(name, 0) for one in families) for name in names},
         conflicts=sum(len(targets[case.prompt]) > 1 for case in cases),
         duplicates=sum(count - 1 for count in pairs.values()),
-        same_paraphrase=sum(case.prompt in case.paraphrases for case in cases),
+        same_paraphrase=sum(any(probe.prompt == case.prompt for probe in case.paraphrases) for case in cases),
         subject_outside=sum(bool(case.subject) and str(case.subject) not in case.prompt for case in cases),
         touched=len(touched_probes(cases)),
     )
 
 
 def _families(case: EditCase) -> dict[str, int]:
-    named = {"locality": case.locality, **case.hard_locality, **case.extras}
+    named = {"paraphrases": case.paraphrases, "locality": case.locality, **case.hard_locality, **case.extras}
     return {
         "subject": int(case.subject is not None),
-        "paraphrases": len(case.paraphrases),
         **{name: len(probes) for name, probes in named.items()},
     }

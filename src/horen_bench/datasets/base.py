@@ -1,35 +1,16 @@
-"""What every dataset does: give the first `n` cases of its stream, in file order."""
+"""What datasets of files share: the head of a stream in file order, and the rule on conflicting prompts."""
 
 import gc
-from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
 
 from horen_bench.cases import EditCase
+from horen_bench.config.schema import Conflicts
 from horen_bench.datasets.records import Record, read_records
 from horen_bench.errors import UserError
-
-Conflicts = Literal["keep", "drop_earlier", "drop_later"]
-
-
-class Dataset(ABC):
-    """A stream of cases."""
-
-    @abstractmethod
-    def cases(self, n: int) -> list[EditCase]:
-        """The first `n` cases; never fewer.
-
-        Raises:
-            UserError: there are not so many, or the files are missing or damaged.
-        """
-
-    def warnings(self) -> list[str]:
-        """Sentences that whoever reads a result must know."""
-        return []
 
 
 def stream_head(
@@ -45,9 +26,8 @@ def stream_head(
         where: the source, for the message.
 
     Raises:
-        UserError: there are fewer, or no such rule.
+        UserError: there are fewer.
     """
-    one_of("dataset.conflicts", conflicts, ("keep", "drop_earlier", "drop_later"))
     cases = read(n) if conflicts == "keep" else without_conflicts(read(None), conflicts)
     if n > len(cases):
         raise UserError(f"n={n} is more than {where} holds; write n={len(cases)} or less")
@@ -100,25 +80,3 @@ def without_conflicts(cases: Sequence[EditCase], conflicts: Conflicts) -> list[E
     in_order = cases if conflicts == "drop_earlier" else reversed(cases)
     kept = {case.prompt: case.target for case in in_order}
     return [case for case in cases if kept[case.prompt] == case.target]
-
-
-def one_of(name: str, value: Any, allowed: Sequence[object]) -> Any:
-    """The value, if it is allowed.
-
-    Raises:
-        UserError: it is not.
-    """
-    if value not in allowed:
-        raise UserError(f"{name} must be one of {', '.join(map(str, allowed))}; got {value!r}")
-    return value
-
-
-def whole_number(name: str, value: Any, least: int) -> int:
-    """The value, if it is a whole number of at least `least`.
-
-    Raises:
-        UserError: it is not.
-    """
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise UserError(f"{name} must be a whole number of at least {least}; got {value!r}")
-    return value

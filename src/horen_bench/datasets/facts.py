@@ -13,7 +13,7 @@ from itertools import count
 from typing import Any
 
 from horen_bench.cases import EditCase, Probe
-from horen_bench.datasets.base import Dataset
+from horen_bench.config.schema import Dataset, Seed, Text
 from horen_bench.datasets.records import Record
 from horen_bench.datasets.zsre import NqWording, zsre_case
 from horen_bench.errors import UserError
@@ -124,14 +124,12 @@ def _as_json(probe: Probe) -> dict[str, str]:
 
 
 class Facts(Dataset):
-    """The embedded dataset: edits of made-up facts, as many as wanted.
+    """The embedded dataset: edits of made-up facts, as many as wanted."""
 
-    Args:
-        stream_seed: draws order, new answers and wordings; `data/facts.json` is the head of stream 1.
-    """
-
-    def __init__(self, stream_seed: int) -> None:
-        self.stream_seed = stream_seed
+    name: Text = "facts"
+    label: Text = "Facts"
+    stream_seed: Seed = 1
+    """Draws order, new answers and wordings; `data/facts.json` is the head of stream 1."""
 
     def cases(self, n: int) -> list[EditCase]:
         """The first `n` cases of the stream, read by the ZsRE loader."""

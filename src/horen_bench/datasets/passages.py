@@ -11,7 +11,7 @@ from itertools import count
 from typing import Any
 
 from horen_bench.cases import EditCase
-from horen_bench.datasets.base import Dataset
+from horen_bench.config.schema import Dataset, Protocol, Seed, Text
 from horen_bench.datasets.records import Record
 from horen_bench.datasets.unke import unke_case
 from horen_bench.errors import UserError
@@ -56,14 +56,13 @@ def _told(world: World, subject: Subject, rng: random.Random) -> dict[str, Any]:
 
 
 class Passages(Dataset):
-    """The embedded unstructured set.
+    """The embedded unstructured set."""
 
-    Args:
-        stream_seed: draws order, facts and wordings.
-    """
-
-    def __init__(self, stream_seed: int) -> None:
-        self.stream_seed = stream_seed
+    name: Text = "passages"
+    label: Text = "Passages"
+    protocol: Protocol = "text"
+    stream_seed: Seed = 1
+    """Draws order, facts and wordings."""
 
     def cases(self, n: int) -> list[EditCase]:
         """The first `n` cases of the stream, read by the UnKE loader."""

@@ -13,13 +13,15 @@ Locality stays aligned with its record. The ids of the drawn records (`file:posi
 beside a run, so that two labs can tell whether they ran the same stream.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
+from pydantic import PrivateAttr
 
 from horen_bench.cases import EditCase
-from horen_bench.datasets.base import Dataset, one_of, whole_number
+from horen_bench.config.schema import Count, Dataset, Seed, Text
 from horen_bench.datasets.records import Record, read_records
 from horen_bench.datasets.zsre import HOW_TO_GET, NqWording, Target, zsre_case
 from horen_bench.errors import UserError
@@ -28,25 +30,23 @@ _NEEDED = ("src", "subject", "rephrase", "loc", "loc_ans")
 
 
 class ZsrePool(Dataset):
-    """A seeded draw from a deduplicated pool of ZsRE files.
+    """A seeded draw from a deduplicated pool of ZsRE files."""
 
-    Args:
-        paths: the files, in order of preference.
-        target: the field that is written, as for `Zsre`.
-        pool_size: most records in the pool; the paper's is 75,658.
-        draw: length of the stream.
-        draw_seed: of the permutation.
-    """
+    files: ClassVar[frozenset[str]] = frozenset({"paths"})
 
-    def __init__(self, paths: Sequence[str], target: Target, pool_size: int, draw: int, draw_seed: int) -> None:
-        if isinstance(paths, str):
-            raise UserError(f"dataset.paths must be a list such as [train.json,edit.json]; got {paths!r}")
-        self.paths = [Path(path) for path in paths]
-        self.target: Target = one_of("dataset.target", target, ("answers", "alt"))
-        self.pool_size = whole_number("dataset.pool_size", pool_size, least=1)
-        self.draw = whole_number("dataset.draw", draw, least=1)
-        self.draw_seed = whole_number("dataset.draw_seed", draw_seed, least=0)
-        self._warnings: list[str] = []
+    name: Text = "zsre_50k"
+    label: Text = "ZsRE 50K"
+    paths: list[Text]
+    """The files, in order of preference."""
+    target: Target = "answers"
+    """The field that is written, as for `Zsre`."""
+    pool_size: Count = 75_658
+    """Most records in the pool; the paper's value."""
+    draw: Count = 50_000
+    """Length of the stream."""
+    draw_seed: Seed = 42
+    """Of the permutation."""
+    _warnings: list[str] = PrivateAttr(default_factory=list)
 
     def cases(self, n: int) -> list[EditCase]:
         """The first `n` cases of the draw."""
@@ -68,11 +68,11 @@ class ZsrePool(Dataset):
                 break
             pool.setdefault(case.prompt, case)
         if len(pool) < self.pool_size:
-            self._warnings = [f"the pool has {len(pool)} records, not {self.pool_size}; the draw is another one"]
+            self._warnings[:] = [f"the pool has {len(pool)} records, not {self.pool_size}; the draw is another one"]
         return list(pool.values())
 
     def _usable(self) -> Iterator[EditCase]:
-        for path in self.paths:
+        for path in map(Path, self.paths):
             for i, value in enumerate(read_records(path, HOW_TO_GET)):
                 record = Record.of(value, i, str(path))
                 if self._complete(record):

@@ -10,30 +10,30 @@
 from pathlib import Path
 
 from horen_bench.cases import EditCase, Probe
-from horen_bench.datasets.base import Conflicts, Dataset, cases_of_file, stream_head
+from horen_bench.config.schema import Conflicts, Dataset, Protocol, Text
+from horen_bench.datasets.base import cases_of_file, stream_head
 from horen_bench.datasets.records import Record
 
 HOW_TO_GET = "run python -m horen_bench.datasets fetch unke, or name your file with dataset.path="
 
 
 class Unke(Dataset):
-    """An UnKEBench file, `final_data_v3.json` or `final_data_v2.json`.
+    """An UnKEBench file, `final_data_v3.json` or `final_data_v2.json`."""
 
-    Args:
-        path: the file.
-        conflicts: what becomes of questions with different answers.
-    """
-
-    def __init__(self, path: str, conflicts: Conflicts) -> None:
-        self.path = Path(path)
-        self.conflicts = conflicts
+    name: Text = "unke"
+    label: Text = "UnKE"
+    protocol: Protocol = "text"
+    path: Text
+    """The file."""
+    conflicts: Conflicts = "keep"
+    """What becomes of prompts that are given different targets."""
 
     def cases(self, n: int) -> list[EditCase]:
         """The first `n` records in file order."""
-        return stream_head(self._read, n, self.conflicts, str(self.path))
+        return stream_head(self._read, n, self.conflicts, self.path)
 
     def _read(self, enough: int | None) -> list[EditCase]:
-        return cases_of_file(self.path, unke_case, enough, HOW_TO_GET)
+        return cases_of_file(Path(self.path), unke_case, enough, HOW_TO_GET)
 
 
 def unke_case(record: Record) -> EditCase:
@@ -47,7 +47,7 @@ def unke_case(record: Record) -> EditCase:
         id=str(record.values.get("id", record.index)),
         prompt=question,
         target=record.text("answer"),
-        paraphrases=(record.optional("para_question") or question,),
+        paraphrases=(Probe(record.optional("para_question") or question, record.text("answer")),),
         extras={"sub_question": _sub_questions(record)},
     )
 

@@ -13,8 +13,11 @@ A missing, null, empty or NaN probe means that the record has none (the release 
 from functools import partial
 from pathlib import Path
 
+from pydantic import PrivateAttr
+
 from horen_bench.cases import EditCase, Probe
-from horen_bench.datasets.base import Conflicts, Dataset, cases_of_file, stream_head
+from horen_bench.config.schema import Conflicts, Dataset, Text
+from horen_bench.datasets.base import cases_of_file, stream_head
 from horen_bench.datasets.records import Record
 from horen_bench.errors import UserError
 
@@ -40,22 +43,20 @@ _PUBLISHED_HEAD = (
 
 
 class WikiBigEdit(Dataset):
-    """The time steps in order, from a folder that holds their files, or one merged file.
+    """The time steps in order, from a folder that holds their files, or one merged file."""
 
-    Args:
-        path: the folder, or the merged file.
-        conflicts: what becomes of prompts with different targets.
-    """
-
-    def __init__(self, path: str, conflicts: Conflicts) -> None:
-        self.path = Path(path)
-        self.conflicts = conflicts
-        self._head: tuple[str, ...] = ()
+    name: Text = "wikibigedit"
+    label: Text = "WikiBigEdit"
+    path: Text
+    """The folder, or the merged file."""
+    conflicts: Conflicts = "keep"
+    """What becomes of prompts that are given different targets."""
+    _head: list[str] = PrivateAttr(default_factory=list)
 
     def cases(self, n: int) -> list[EditCase]:
         """The first `n` updates in chronological order."""
-        cases = stream_head(self._read, n, self.conflicts, str(self.path))
-        self._head = tuple(case.prompt for case in cases[: len(_PUBLISHED_HEAD)])
+        cases = stream_head(self._read, n, self.conflicts, self.path)
+        self._head[:] = [case.prompt for case in cases[: len(_PUBLISHED_HEAD)]]
         return cases
 
     def _read(self, enough: int | None) -> list[EditCase]:
@@ -69,7 +70,7 @@ class WikiBigEdit(Dataset):
 
     def warnings(self) -> list[str]:
         """A sentence if the stream does not begin as the published one."""
-        if self._head == _PUBLISHED_HEAD[: len(self._head)]:
+        if tuple(self._head) == _PUBLISHED_HEAD[: len(self._head)]:
             return []
         return [
             f"this WikiBigEdit stream begins with {self._head[0]!r} and not as the one behind the published numbers "
@@ -77,9 +78,10 @@ class WikiBigEdit(Dataset):
         ]
 
     def _files(self) -> list[Path]:
-        if not self.path.is_dir():
-            return [self.path]
-        files = [self.path / f"wiki_big_edit_{step}.json" for step in TIME_STEPS]
+        folder = Path(self.path)
+        if not folder.is_dir():
+            return [folder]
+        files = [folder / f"wiki_big_edit_{step}.json" for step in TIME_STEPS]
         missing = [file.name for file in files if not file.exists()]
         if missing:
             raise UserError(f"{self.path} lacks {', '.join(missing)}; {HOW_TO_GET}")
@@ -98,7 +100,7 @@ def _case(record: Record, offset: int) -> EditCase:
         prompt=record.text("update"),
         target=answer,
         subject=record.optional("subject"),
-        paraphrases=(rephrase,) if rephrase else (),
+        paraphrases=(Probe(rephrase, answer),) if rephrase else (),
         locality=record.probe("loc", "loc_ans"),
         extras={name: probes for name, probes in extras.items() if probes},
     )

@@ -14,10 +14,13 @@ The release takes the locality of edit `i` from record `i` of a second file, the
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal, Self
+
+from pydantic import model_validator
 
 from horen_bench.cases import EditCase, Probe
-from horen_bench.datasets.base import Conflicts, Dataset, cases_of_file, one_of, stream_head
+from horen_bench.config.schema import Conflicts, Dataset, Text
+from horen_bench.datasets.base import cases_of_file, stream_head
 from horen_bench.datasets.records import Record
 from horen_bench.errors import UserError
 
@@ -29,51 +32,44 @@ _NQ = "nq question: "
 
 
 class Zsre(Dataset):
-    """A ZsRE edit file, as in the HoReN release.
+    """A ZsRE edit file, as in the HoReN release."""
 
-    Args:
-        path: the edit file.
-        train_path: the file whose record `i` gives the locality of edit `i`; read only for
-            `locality_source=train`.
-        target: the field that is written: the true answer (`answers`) or the counterfactual one (`alt`).
-        locality_source: `train`, as the release does, or `record`: the edit's own `loc`.
-        strip_nq_prefix: leave out "nq question: " from locality prompts (EasyEdit's loader does).
-        append_question_mark: end locality prompts with "?" (ROME and UltraEdit do).
-        conflicts: what becomes of prompts with different targets.
-    """
+    files: ClassVar[frozenset[str]] = frozenset({"path", "train_path"})
 
-    def __init__(
-        self,
-        *,
-        path: str,
-        train_path: str | None,
-        target: Target,
-        locality_source: LocalitySource,
-        strip_nq_prefix: bool,
-        append_question_mark: bool,
-        conflicts: Conflicts,
-    ) -> None:
-        self.path = Path(path)
-        self.target: Target = one_of("dataset.target", target, ("answers", "alt"))
-        source: LocalitySource = one_of("dataset.locality_source", locality_source, ("train", "record"))
-        if source == "train" and not train_path:
-            raise UserError("dataset.locality_source=train needs dataset.train_path=; or write record instead")
-        self.train_path = Path(train_path) if train_path and source == "train" else None
-        self.wording = NqWording(
-            one_of("dataset.strip_nq_prefix", strip_nq_prefix, (True, False)),
-            one_of("dataset.append_question_mark", append_question_mark, (True, False)),
-        )
-        self.conflicts = conflicts
+    name: Text = "zsre"
+    label: Text = "ZsRE"
+    path: Text
+    """The edit file."""
+    train_path: Text | None = None
+    """The file whose record `i` gives the locality of edit `i`; read only for `locality_source=train`."""
+    target: Target = "answers"
+    """The field that is written: the true answer (`answers`) or the counterfactual one (`alt`)."""
+    locality_source: LocalitySource = "train"
+    """`train`, as the release does, or `record`: the edit's own `loc`."""
+    strip_nq_prefix: bool = False
+    """Leave out "nq question: " from locality prompts (EasyEdit's loader does)."""
+    append_question_mark: bool = False
+    """End locality prompts with "?" (ROME and UltraEdit do)."""
+    conflicts: Conflicts = "keep"
+    """What becomes of prompts that are given different targets."""
+
+    @model_validator(mode="after")
+    def _locality_has_a_file(self) -> Self:
+        if self.locality_source == "train" and self.train_path is None:
+            raise ValueError(
+                "dataset.locality_source=train needs dataset.train_path=; or write dataset.locality_source=record"
+            )
+        return self
 
     def cases(self, n: int) -> list[EditCase]:
         """The first `n` records in file order."""
-        return stream_head(self._read, n, self.conflicts, str(self.path))
+        return stream_head(self._read, n, self.conflicts, self.path)
 
     def _read(self, enough: int | None) -> list[EditCase]:
-        edits = cases_of_file(self.path, self._case, enough, HOW_TO_GET)
-        if self.train_path is None:
+        edits = cases_of_file(Path(self.path), self._case, enough, HOW_TO_GET)
+        if self.train_path is None or self.locality_source == "record":
             return edits
-        probes = cases_of_file(self.train_path, self._locality_alone, len(edits), HOW_TO_GET)
+        probes = cases_of_file(Path(self.train_path), self._locality_alone, len(edits), HOW_TO_GET)
         if len(probes) < len(edits):
             fewer = f"n={len(probes)} or less, or " if enough is not None else ""  # else all edits are wanted
             raise UserError(
@@ -83,10 +79,13 @@ class Zsre(Dataset):
         return [replace(edit, locality=probe.locality) for edit, probe in zip(edits, probes, strict=True)]
 
     def _case(self, record: Record) -> EditCase:
-        return zsre_case(record, self.target, self.wording)
+        return zsre_case(record, self.target, self._wording())
 
     def _locality_alone(self, record: Record) -> EditCase:
-        return EditCase(str(record.index), "", "", locality=self.wording.of(record))
+        return EditCase(str(record.index), "", "", locality=self._wording().of(record))
+
+    def _wording(self) -> "NqWording":
+        return NqWording(self.strip_nq_prefix, self.append_question_mark)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,13 +110,14 @@ def zsre_case(record: Record, target: Target, wording: NqWording) -> EditCase:
     Raises:
         UserError: a field is not of the schema; the sentence names file, record and field.
     """
-    rephrase = record.optional("rephrase")
+    prompt, rephrase = record.text("src"), record.optional("rephrase")
+    answer = record.text("alt") if target == "alt" else _first_answer(record)
     return EditCase(
         id=str(record.index),
-        prompt=record.text("src"),
-        target=record.text("alt") if target == "alt" else _first_answer(record),
+        prompt=prompt,
+        target=answer,
         subject=record.optional("subject"),
-        paraphrases=(rephrase,) if rephrase else (),
+        paraphrases=(Probe(rephrase, answer),) if rephrase else (),
         locality=wording.of(record),
         hard_locality=_named_probes(record, "hard_loc"),
         extras=_named_probes(record, "extra"),

@@ -6,6 +6,8 @@ from typing import Any, Protocol
 
 import pandas as pd
 
+from horen_bench.tracking.config import NoTrackerConfig
+
 
 class Tracker(Protocol):
     """A copy of a run's numbers for a dashboard; the store stays the source of every table."""
@@ -40,6 +42,9 @@ class NoTracker:
     """Tracks nothing."""
 
     problem: str | None = None
+
+    def __init__(self, config: NoTrackerConfig | None = None) -> None:
+        """There is nothing to set."""
 
     def start(self, run_dir: Path, run_id: str, config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
         """Do nothing."""

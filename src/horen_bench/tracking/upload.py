@@ -9,6 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 from horen_bench.errors import UserError
 from horen_bench.paths import resource
 from horen_bench.results.store import RunStore
+from horen_bench.tracking.config import WandbConfig
 from horen_bench.tracking.wandb_tracker import WandbTracker, is_tracked
 
 
@@ -34,7 +35,7 @@ def upload(run_dir: Path, changes: Mapping[str, Any]) -> bool:
             return False
         config = OmegaConf.to_container(OmegaConf.load(run_dir / "config.yaml"))
         assert isinstance(config, dict)
-        tracker = WandbTracker(**_settings(config, changes))
+        tracker = WandbTracker(_settings(config, changes))
         tracker.start(run_dir, rows[0]["run"], {str(key): value for key, value in config.items()}, rows)
         tracker.finish(store.cases())
     if tracker.problem:
@@ -49,9 +50,11 @@ def defaults() -> DictConfig:
     return loaded
 
 
-def _settings(config: Mapping[Any, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+def _settings(config: Mapping[Any, Any], changes: Mapping[str, Any]) -> WandbConfig:
     """The tracker's settings for a run, as the run itself would have resolved them."""
     whole = OmegaConf.create({"model": config["model"], "dataset": config["dataset"], "tracker": defaults()})
     resolved = OmegaConf.to_container(whole.tracker, resolve=True)
     assert isinstance(resolved, dict)
-    return {str(key): value for key, value in {**resolved, **changes}.items() if key != "_target_"}
+    return WandbConfig.model_validate(
+        {str(key): value for key, value in {**resolved, **changes}.items() if key != "_target_"}
+    )

@@ -13,6 +13,7 @@ import pandas as pd
 
 from horen_bench.errors import UserError
 from horen_bench.results.atomic import write_text
+from horen_bench.tracking.config import WandbConfig
 
 if TYPE_CHECKING:
     import wandb
@@ -50,26 +51,9 @@ class WandbTracker:
     run goes on untracked.
     """
 
-    def __init__(self, project: str, entity: str | None, mode: str, group: str | None, tags: Sequence[str]) -> None:
-        """Keep the settings; nothing is opened before `start`.
-
-        Args:
-            project: W&B project.
-            entity: W&B user or team; None is the logged-in user's default.
-            mode: `online`, or `offline` for local files to be sent later with `wandb sync`.
-            group: what W&B groups runs by; None for no group.
-            tags: labels of the run.
-
-        Raises:
-            UserError: the mode is neither of the two.
-        """
-        if mode not in ("online", "offline"):
-            raise UserError(f"tracker.mode must be online or offline, got {mode!r}; tracker=none turns tracking off.")
-        self.project = project
-        self.entity = entity
-        self.mode = mode
-        self.group = group
-        self.tags = [str(tag) for tag in tags]
+    def __init__(self, config: WandbConfig) -> None:
+        """Keep the settings; nothing is opened before `start`."""
+        self.config = config
         self.problem: str | None = None
         self._run: wandb.Run | None = None
         self._ledger: _Ledger | None = None
@@ -88,7 +72,7 @@ class WandbTracker:
         known = ledger is not None
         ledger = ledger or _Ledger(run_dir / "wandb.json", run_id)
         try:
-            if self.mode == "online" and not wandb.login(prompt=False, verify=False):
+            if self.config.mode == "online" and not wandb.login(prompt=False, verify=False):
                 raise UserError(
                     "W&B is not logged in: run `wandb login`, or stay offline (tracker.mode=offline, upload --offline)."
                 )
@@ -113,11 +97,11 @@ class WandbTracker:
         import wandb  # noqa: PLC0415
 
         run: wandb.Run = wandb.init(
-            project=self.project,
-            entity=self.entity,
-            mode="offline" if self.mode == "offline" else "online",
-            group=self.group,
-            tags=self.tags,
+            project=self.config.project,
+            entity=self.config.entity,
+            mode="offline" if self.config.mode == "offline" else "online",
+            group=self.config.group,
+            tags=[str(tag) for tag in self.config.tags],
             id=run_id,
             resume="allow",
             name=name,
