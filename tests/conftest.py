@@ -1,10 +1,12 @@
 """Fixtures that several folders of tests share."""
 
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import absl.logging
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -18,6 +20,12 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 from transformers.utils import logging as transformers_logging
+
+
+@pytest.fixture(scope="session", autouse=True)
+def absl_leaves_captured_output_open() -> None:
+    """absl, which `rouge_score` imports, closes the stream that it first saw when Hydra sets up logging: pytest's."""
+    absl.logging.get_absl_handler().python_handler.stream = sys.__stderr__
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,6 +1,5 @@
 """Runs that are stopped, killed, extended and repeated: what is finished is kept, and the numbers are the same."""
 
-import copy
 import io
 import itertools
 import json
@@ -13,7 +12,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
-import hydra
 import numpy as np
 import pandas as pd
 import pytest
@@ -22,16 +20,15 @@ from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from horen_bench import runner as stream
-from horen_bench.cases import EditCase
-from horen_bench.config.compose import composed
-from horen_bench.config.settings import resolved
+from horen_bench import runner, stream
+from horen_bench.cases import EditCase, EditRecord
+from horen_bench.config.compose import run_config
+from horen_bench.config.schema import MethodConfig, RunConfig
 from horen_bench.datasets.facts import records, to_json
-from horen_bench.editors.base import Editor, EditRecord
+from horen_bench.editors.base import Editor
 from horen_bench.errors import UserError
-from horen_bench.evaluation import Examiner
-from horen_bench.evaluation.cache import Exam
-from horen_bench.paths import resource
+from horen_bench.evaluation.cache import PredictionCache
+from horen_bench.evaluation.evaluator import Evaluator
 from horen_bench.results.console import notes
 from horen_bench.results.store import RunStore
 from horen_bench.runner import RunResult
@@ -46,7 +43,19 @@ MEASURED = [
 ]
 
 
-class DriftEditor(Editor):
+class DriftConfig(MethodConfig):
+    """Settings of `DriftEditor`."""
+
+    editor: ClassVar[str] = f"{__name__}:DriftEditor"
+
+    name: str = "drift"
+    label: str = "Drift"
+    slice_size: int = 1
+    failing: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()
+
+
+class DriftEditor(Editor[DriftConfig]):
     """Edits nothing in particular: each case bends one weight vector, halving what earlier ones did to it.
 
     So the state tells which cases were written, in which order and how often.
@@ -56,19 +65,10 @@ class DriftEditor(Editor):
     stop_at: ClassVar[tuple[str, BaseException] | None] = None
 
     def __init__(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        seed: int,
-        slice_size: int = 1,
-        failing: Sequence[str] = (),
-        remarks: Sequence[str] = (),
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: DriftConfig, *, seed: int = 0
     ) -> None:
-        self.model = model
-        self.slice_size = slice_size
-        self.failing = failing
-        self.remarks = list(remarks)
+        super().__init__(model, tokenizer, config, seed=seed)
+        self.slice_size = config.slice_size
         self.weight = model.get_parameter("model.norm.weight")
         self.base = self.weight.detach().clone()
         self.drift = torch.zeros_like(self.base)
@@ -80,7 +80,7 @@ class DriftEditor(Editor):
         if self.stop_at and self.stop_at[0] == case.id:
             raise self.stop_at[1]
         self.written.append(case.id)
-        if case.id in self.failing:
+        if case.id in self.config.failing:
             return EditRecord(case.id, "failed", None, None, math.nan, 0, 0.0, "it would not")
         noise = torch.randn(self.base.shape, generator=torch.Generator().manual_seed(int(case.id)))
         self.drift = self.drift / 2 + noise
@@ -104,7 +104,7 @@ class DriftEditor(Editor):
         return self.drift.numel()
 
     def warnings(self) -> list[str]:
-        return self.remarks
+        return [*self.config.remarks]
 
 
 @pytest.fixture(autouse=True)
@@ -116,43 +116,40 @@ def _fresh_editor(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stream, "time", SimpleNamespace(monotonic=itertools.count(1000, 1000).__next__))
 
 
-with hydra.initialize_config_dir(str(resource("conf")), version_base="1.3"):
-    DEFAULT = resolved(hydra.compose("config"))
+DEFAULT = run_config()
 
 
-def config(results: Path, n: int, checkpoints: Sequence[int] = (), **changes: Any) -> dict[str, Any]:
+def config(results: Path, n: int, checkpoints: Sequence[int] = (), **changes: Any) -> RunConfig:
     """The embedded model and facts under `DriftEditor`; keyword arguments are top-level settings."""
-    values = copy.deepcopy(DEFAULT)
-    values["method"] = {"_target_": f"{__name__}.DriftEditor", "name": "drift", "label": "Drift"}
-    values |= {"n": n, "checkpoints": list(checkpoints), "results_dir": str(results), "save_every": 0, "device": "cpu"}
-    return values | changes
+    values = {"method": DriftConfig(), "save_every": 0, "device": "cpu", **changes}
+    return RunConfig(**{**dict(DEFAULT), "n": n, "checkpoints": [*checkpoints], "results_dir": str(results), **values})
 
 
-def run(values: Mapping[str, Any]) -> RunResult:
-    return stream.run(values, Console(file=io.StringIO()))
+def run(settings: RunConfig) -> RunResult:
+    return runner.run(settings, Console(file=io.StringIO()))
 
 
-def run_until(values: Mapping[str, Any], case: str, problem: BaseException) -> None:
+def run_until(settings: RunConfig, case: str, problem: BaseException) -> None:
     """Run a stream whose editor raises when it gets to a case."""
     DriftEditor.stop_at = (case, problem)
     with pytest.raises(type(problem)):
-        run(values)
+        run(settings)
     DriftEditor.stop_at = None
 
 
-def assert_same_numbers(found: RunStore, expected: RunStore) -> None:
+def assert_same_numbers(store: RunStore, expected: RunStore) -> None:
     """Equal in everything but what was measured."""
     pd.testing.assert_frame_equal(
-        found.checkpoints().drop(columns=MEASURED), expected.checkpoints().drop(columns=MEASURED), check_exact=True
+        store.checkpoints().drop(columns=MEASURED), expected.checkpoints().drop(columns=MEASURED), check_exact=True
     )
     pd.testing.assert_frame_equal(
-        found.cases().drop(columns="edit_seconds"), expected.cases().drop(columns="edit_seconds"), check_exact=True
+        store.cases().drop(columns="edit_seconds"), expected.cases().drop(columns="edit_seconds"), check_exact=True
     )
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> RunStore:
-    """Six edits, questioned after two, four and six, without a stop."""
+    """Six edits, evaluated after two, four and six, without a stop."""
     return run(config(tmp_path_factory.mktemp("whole"), 6, [2, 4])).store
 
 
@@ -183,15 +180,15 @@ def test_a_row_is_the_mean_of_its_cases(whole: RunStore) -> None:
     pd.testing.assert_frame_equal(rows[means.columns], means)
 
 
-def test_later_edits_change_the_answers_about_earlier_cases(whole: RunStore) -> None:
-    """Each checkpoint questions its whole prefix again, on the model of that moment."""
+def test_later_edits_change_the_predictions_about_earlier_cases(whole: RunStore) -> None:
+    """Each checkpoint evaluates its whole prefix again, on the model of that moment."""
     cases = whole.cases()
-    early, late = (cases.loc[cases["n"] == n, "rel_answers"].map(list).tolist()[:2] for n in (2, 6))
+    early, late = (cases.loc[cases["n"] == n, "rel_predictions"].map(list).tolist()[:2] for n in (2, 6))
     assert early != late
 
 
 def test_failed_edits_and_warnings_stand_in_the_row_and_in_the_notes(tmp_path: Path) -> None:
-    method = {**config(tmp_path, 4)["method"], "failing": ["1", "2"], "remarks": ["mind the gap", "and the step"]}
+    method = DriftConfig(failing=("1", "2"), remarks=("mind the gap", "and the step"))
     result = run(config(tmp_path, 4, [2], method=method))
     assert result.rows["failed_edits"].tolist() == [1, 2]
     assert result.rows["warnings"].tolist() == ["mind the gap\nand the step"] * 2
@@ -217,39 +214,38 @@ def test_a_stopped_run_goes_on_where_it_was_saved_and_ends_like_one_without_a_st
     tmp_path: Path, whole: RunStore, save_every: float, stop: str, written_again: int
 ) -> None:
     """Saved after every edit, or at checkpoints alone: then what came after the last one is written again."""
-    values = config(tmp_path, 6, [2, 4], save_every=save_every)
-    run_until(values, stop, RuntimeError("broken"))
+    settings = config(tmp_path, 6, [2, 4], save_every=save_every)
+    run_until(settings, stop, RuntimeError("broken"))
     assert DriftEditor.written == list("012345"[: int(stop)])
-    result = run(values)
+    result = run(settings)
     assert DriftEditor.written[int(stop) :] == list("012345"[int(stop) - written_again :])
     assert_same_numbers(result.store, whole)
 
 
 def test_a_stopped_run_may_be_stopped_again(tmp_path: Path, whole: RunStore) -> None:
-    values = config(tmp_path, 6, [2, 4])
+    settings = config(tmp_path, 6, [2, 4])
     problems: list[BaseException] = [RuntimeError("broken"), KeyboardInterrupt(), UserError("the disk is full")]
     for stop, problem in zip("134", problems, strict=True):
-        run_until(values, stop, problem)
-    assert_same_numbers(run(values).store, whole)
+        run_until(settings, stop, problem)
+    assert_same_numbers(run(settings).store, whole)
     assert DriftEditor.written == list("012345")
 
 
 def test_slices_of_edits_end_at_checkpoints(tmp_path: Path, whole: RunStore) -> None:
     """An editor that likes three cases at once: the numbers are those of one at a time."""
-    method = {**config(tmp_path, 6)["method"], "slice_size": 3}
-    result = run(config(tmp_path, 6, [2, 4], method=method))
+    result = run(config(tmp_path, 6, [2, 4], method=DriftConfig(slice_size=3)))
     same = result.store.checkpoints().drop(columns=[*MEASURED, "run"])
     pd.testing.assert_frame_equal(same, whole.checkpoints().drop(columns=[*MEASURED, "run"]), check_exact=True)
 
 
-def test_editor_hears_of_the_whole_stream_first_and_settles_before_each_questioning(
+def test_editor_expects_the_whole_stream_first_and_flushes_before_each_evaluation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    heard: list[str] = []
-    monkeypatch.setattr(DriftEditor, "expect", lambda _self, cases: heard.append(f"{len(cases)} cases"))
-    monkeypatch.setattr(DriftEditor, "settle", lambda _self: heard.append(f"settled {DriftEditor.written}"))
+    calls: list[str] = []
+    monkeypatch.setattr(DriftEditor, "expect", lambda _self, cases: calls.append(f"{len(cases)} cases"))
+    monkeypatch.setattr(DriftEditor, "flush", lambda _self: calls.append(f"flushed {DriftEditor.written}"))
     run(config(tmp_path, 3, [2]))
-    assert heard == ["3 cases", "settled ['0', '1']", "settled ['0', '1', '2']"]
+    assert calls == ["3 cases", "flushed ['0', '1']", "flushed ['0', '1', '2']"]
 
 
 def test_a_longer_run_goes_on_from_a_shorter_one(tmp_path: Path, whole: RunStore) -> None:
@@ -263,8 +259,8 @@ def test_a_longer_run_goes_on_from_a_shorter_one(tmp_path: Path, whole: RunStore
     pd.testing.assert_frame_equal(second.rows.head(1)[MEASURED], first.rows[MEASURED])  # the row itself was kept
 
 
-def test_one_stream_of_edits_is_questioned_under_several_protocols(tmp_path: Path, whole: RunStore) -> None:
-    """Each protocol has rows of its own, those of a run under it alone; one that is asked later edits again."""
+def test_one_stream_of_edits_is_evaluated_under_several_protocols(tmp_path: Path, whole: RunStore) -> None:
+    """Each protocol has rows of its own, those of a run under it alone; one that comes later edits again."""
     both = run(config(tmp_path / "both", 6, [2, 4], protocol=["teacher_forced", "greedy"]))
     assert DriftEditor.written == list("012345")
     assert both.rows[["n", "protocol"]].to_numpy().tolist() == [
@@ -332,33 +328,77 @@ def test_force_gives_nothing_up_before_the_model_is_there(tmp_path: Path, monkey
     assert store.checkpoints()["n"].tolist() == [2]
 
 
-def test_base_answers_are_asked_once_for_all_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many probes each call of an evaluator runs the model on."""
+    counts: list[int] = []
+    predict = Evaluator.predict
+
+    def counting(self: Evaluator, probes: Sequence[Any], *rest: Any) -> Any:
+        counts.append(len(probes))
+        return predict(self, probes, *rest)
+
+    monkeypatch.setattr(Evaluator, "predict", counting)
+    return counts
+
+
+def test_the_base_model_is_evaluated_once_for_all_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(config(tmp_path, 2))
-    kept = next((tmp_path / "base_answers").iterdir()).read_text()
-    asked: list[int] = []
-    ask = Examiner.ask
-
-    def counting(self: Any, questions: Sequence[Any], *rest: Any) -> Any:
-        asked.append(len(questions))
-        return ask(self, questions, *rest)
-
-    monkeypatch.setattr(Examiner, "ask", counting)
+    kept = next((tmp_path / "base_predictions").iterdir()).read_text()
+    counts = counted(monkeypatch)
     other = run(config(tmp_path, 2, seed=1))  # another run of the same model
     assert not other.reused
-    assert len(asked) == 1  # the edited model alone
-    assert next((tmp_path / "base_answers").iterdir()).read_text() == kept
+    assert len(counts) == 1  # the edited model alone
+    assert next((tmp_path / "base_predictions").iterdir()).read_text() == kept
+
+
+REPRINT = """
+import sys
+from rich.console import Console
+from horen_bench.config.compose import run_config
+from horen_bench.runner import run
+result = run(run_config(sys.argv[1:]), Console())
+print(result.reused, result.rows["n"].tolist(), sorted({"torch", "transformers", "scipy"} & sys.modules.keys()))
+"""
+
+
+def test_a_finished_run_is_given_back_without_importing_torch(tmp_path: Path) -> None:
+    overrides = ["n=2", "checkpoints=[1]", "method.n_steps=2", "device=cpu", f"results_dir={tmp_path}"]
+    run(run_config(overrides))
+    command = [sys.executable, "-c", REPRINT, *overrides]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "True [1, 2] []\n"
+
+
+def test_a_method_that_does_not_fit_the_model_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    overrides = ["method.module=model.layers.9.mlp.down_proj", f"results_dir={tmp_path}"]
+    with pytest.raises(UserError, match=r"method\.module=.* has no such module; model\.layers has 4 entries, 0 to 3"):
+        run(run_config(overrides))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_of_another_version_is_refused_and_force_runs_it_again(tmp_path: Path) -> None:
+    store = run(config(tmp_path, 2)).store
+    environment = store.path / "environment.json"
+    values = json.loads(environment.read_text())
+    environment.write_text(json.dumps({name: value for name, value in values.items() if name != "schema"}))
+    advice = (
+        f"{store.path} was made with another version of the program (schema none, now 2); start again with force=true, "
+        "or keep it by choosing another results_dir="
+    )
+    for n in (2, 3):  # finished or not
+        with pytest.raises(UserError) as caught:
+            run(config(tmp_path, n))
+        assert str(caught.value) == advice
+    assert store.checkpoints()["n"].tolist() == [2]
+    assert run(config(tmp_path, 2, force=True)).rows["n"].tolist() == [2]
+    assert run(config(tmp_path, 2)).reused
 
 
 # --- Data that changed -------------------------------------------------------------------------------------
 
 
 def from_file(path: Path) -> dict[str, Any]:
-    with hydra.initialize_config_dir(str(resource("conf")), version_base="1.3"):
-        composed = hydra.compose(
-            "config",
-            ["dataset=zsre", f"dataset.path={path}", "dataset.locality_source=record", "dataset.target=alt"],
-        )
-    return {"dataset": resolved(composed)["dataset"]}
+    overrides = ["dataset=zsre", f"dataset.path={path}", "dataset.locality_source=record", "dataset.target=alt"]
+    return {"dataset": run_config(overrides).dataset}
 
 
 def write_facts(path: Path, n: int, **changes: str) -> None:
@@ -376,22 +416,22 @@ def test_a_run_whose_data_changed_meanwhile_says_so_and_keeps_its_rows(
     """Whether it was finished or stopped, and also when it would have to start over for an earlier checkpoint."""
     path = tmp_path / "edits.json"
     write_facts(path, 5)
-    values = config(tmp_path, 4, [2], **from_file(path))
+    settings = config(tmp_path, 4, [2], **from_file(path))
     if stop:
-        run_until(values, stop, RuntimeError("broken"))
+        run_until(settings, stop, RuntimeError("broken"))
     else:
-        run(values)
+        run(settings)
     store = next((tmp_path / "runs").iterdir())
     before = (store / "checkpoints.csv").read_text()
     write_facts(path, 5, alt="something else")
     with pytest.raises(UserError) as caught:
-        run({**values, "checkpoints": checkpoints})
+        run(settings.model_copy(update={"checkpoints": checkpoints}))
     assert str(caught.value) == (
         f"{store} was made with other cases (the data changed since); start again with force=true, or keep it by "
         "choosing another results_dir="
     )
     assert (store / "checkpoints.csv").read_text() == before
-    again = run({**values, "force": True})
+    again = run(settings.model_copy(update={"force": True}))
     assert again.rows["n"].tolist() == [2, 4]
     assert "something else" in again.store.cases()["target"].tolist()
 
@@ -408,13 +448,10 @@ def test_data_that_only_grew_goes_on(tmp_path: Path) -> None:
 def test_a_method_that_needs_subjects_says_so_before_it_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "edits.json"
     file.write_text('[{"src": "Who founded it?", "answers": ["Lucan Vey"]}]', encoding="utf-8")
-    monkeypatch.setattr(DriftEditor, "needs_subject", True)
-    target = {"_target_": "horen_bench.datasets.zsre.Zsre", "name": "zsre", "path": str(file), "train_path": None}
-    rules = {"strip_nq_prefix": False, "append_question_mark": False, "conflicts": "keep"}
-    dataset = {**target, **rules, "target": "answers", "locality_source": "record"}
-    values = {**config(tmp_path, 1), "dataset": dataset}
+    monkeypatch.setattr(DriftConfig, "needs_subject", True)
+    overrides = ["dataset=zsre", f"dataset.path={file}", "dataset.target=answers", "dataset.locality_source=record"]
     with pytest.raises(UserError, match=r"writes at the subject of each case, and dataset=zsre has none"):
-        stream.run(values, Console(file=io.StringIO()))
+        run(config(tmp_path, 1, dataset=run_config(overrides).dataset))
 
 
 def test_locality_that_another_edit_touches_is_noted_or_left_out(tmp_path: Path) -> None:
@@ -437,7 +474,7 @@ KILLER = """
 import itertools, json, os, signal, sys, time
 from pathlib import Path
 from types import SimpleNamespace
-from horen_bench import runner as stream
+from horen_bench import stream
 from horen_bench.__main__ import main
 from horen_bench.editors.horen.editor import HorenEditor
 from horen_bench.results.store import RunStore
@@ -532,45 +569,41 @@ def test_a_run_killed_at_any_moment_goes_on_with_the_same_command_to_the_same_nu
     assert left_behind == []  # what a killed process left half-written is gone with the next run
 
 
-# --- Asking no more than necessary -------------------------------------------------------------------------
+# --- Running the model no more than necessary -------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", ["horen", "grace_norm"])
-def test_answers_that_are_known_without_asking_are_those_that_asking_gives(
+def test_predictions_that_routes_imply_are_those_that_the_model_makes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
-    """At each checkpoint everything is asked as well; the stream writes the same prompts again, changed or not."""
+    """`reuse=false` gives the same rows; the stream writes the same prompts again, changed or not."""
     path = tmp_path / "edits.json"
     facts = list(records(1, stop=12))
-    again = [one | {"alt": facts[-1 - i]["alt"]} if i % 2 else one for i, one in enumerate(facts)]
+    again = [fact | {"alt": facts[-1 - i]["alt"]} if i % 2 else fact for i, fact in enumerate(facts)]
     path.write_text(to_json([*facts, *again]))
     known: list[int] = []
-    answers = Exam.answers
+    counts = counted(monkeypatch)
+    predict = PredictionCache.predict
 
-    def compared(self: Exam, questions: Any, chosen: Any, routes: Any, advance: Any) -> Any:
-        asked: list[int] = []
-        ask = Examiner.ask
+    def counting(self: PredictionCache, probes: Any, *rest: Any) -> Any:
+        before = sum(counts)
+        predictions = predict(self, probes, *rest)
+        known.append(len(probes) - (sum(counts) - before))
+        assert predictions == self.evaluator.predict(probes)
+        return predictions
 
-        def counting(examiner: Examiner, some: Any, *rest: Any) -> Any:
-            asked.append(len(some))
-            return ask(examiner, some, *rest)
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Examiner, "ask", counting)
-            found = answers(self, questions, chosen, routes, advance)
-        assert found == self.examiner.ask([questions[i] for i in chosen])
-        known.append(len(chosen) - sum(asked))
-        return found
-
-    monkeypatch.setattr(Exam, "answers", compared)
-    values = resolved(
-        composed([
-            f"method={method}", "method.threshold=0.6", "method.n_steps=5", "dataset=zsre", f"dataset.path={path}",
-            "dataset.target=alt", "dataset.locality_source=record", "n=24", "checkpoints=[6,12,18]",
-            "protocol=[greedy,teacher_forced,release]", f"results_dir={tmp_path}", "device=cpu",
-        ])
-    )  # fmt: skip
-    actions = set(run(values).store.cases()["edit_action"])
-    assert len(actions) >= 2, "some prompts met an entry"
+    monkeypatch.setattr(PredictionCache, "predict", counting)
+    overrides = [
+        f"method={method}", "method.threshold=0.6", "method.n_steps=5", "dataset=zsre", f"dataset.path={path}",
+        "dataset.target=alt", "dataset.locality_source=record", "n=24", "checkpoints=[6,12,18]",
+        "protocol=[greedy,teacher_forced,release]", "device=cpu",
+    ]  # fmt: skip
+    reused = run(run_config([*overrides, f"results_dir={tmp_path / 'reused'}"])).store
+    assert len(set(reused.cases()["edit_action"])) >= 2, "some prompts met an entry"
     assert len(known) == 12
-    assert all(later > 24 for later in known[6:]), "more than the locality questions is known later on"
+    assert all(later > 24 for later in known[6:]), "more than the locality probes is known later on"
+    known.clear()
+    made = run(run_config([*overrides, f"results_dir={tmp_path / 'made'}", "reuse=false"])).store
+    assert known == [0] * 12
+    assert made.path.name == reused.path.name
+    assert_same_numbers(made, reused)

@@ -1,4 +1,4 @@
-"""From answers to rows, on answers written by hand."""
+"""From predictions to rows, on predictions written by hand."""
 
 import math
 from typing import Any, cast
@@ -7,10 +7,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from horen_bench.cases import EditCase, Probe
-from horen_bench.editors.base import EditRecord, Route
-from horen_bench.evaluation import Answer, Protocol, TokenExaminer, questions_about
-from horen_bench.evaluation.aggregate import asked_table, per_case, summary
+from horen_bench.cases import EditCase, EditRecord, Probe, Route
+from horen_bench.evaluation.aggregate import per_case, per_probe, summary
+from horen_bench.evaluation.evaluator import Prediction
+from horen_bench.evaluation.probes import probes_of
+from horen_bench.evaluation.token_match import TokenMatchEvaluator, TokenMatchProtocol
+from horen_bench.prompts import PromptEncoder
 
 NAN = math.nan
 
@@ -25,22 +27,22 @@ class Letters:
         return "".join(map(chr, ids))
 
 
-def said(text: str) -> Answer:
+def letters(text: str) -> Prediction:
     ids = tuple(map(ord, text))
-    return Answer(ids, ids)
+    return Prediction(ids, ids)
 
 
 CASES = [
     EditCase(
-        "a", "P1", "abcd", paraphrases=("Q1", "Q2"), locality=(Probe("L1", "xx"),),
+        "a", "P1", "abcd", paraphrases=(Probe("Q1", "abcd"), Probe("Q2", "abcd")), locality=(Probe("L1", "xx"),),
         hard_locality={"same_subject": (Probe("H1", "yy"),)},
     ),
     EditCase("b", "P2", "ef", locality=(Probe("L2", "xx"), Probe("L3", "xx")), extras={"mhop": (Probe("M", "zz"),)}),
     EditCase("c", "P3", "gh"),
 ]  # fmt: skip
 
-# In the order of `questions_about`: prompt, (edited answer, base answer, route).
-SAID: dict[str, tuple[str, str, Route | None]] = {
+# In the order of `probes_of`: prompt, (edited prediction, base prediction, route).
+PREDICTED: dict[str, tuple[str, str, Route | None]] = {
     "P1": ("abcd", "a", Route(0, 0.9, True)),
     "Q1": ("abcd", "zzzz", Route(0, 0.85, True)),
     "Q2": ("abzz", "zzzz", Route(1, 0.6, False)),
@@ -60,39 +62,41 @@ RECORDS = [
 
 
 def table() -> pd.DataFrame:
-    examiner = TokenExaminer(
-        model=cast(Any, None), tokenizer=cast(Any, Letters()), protocol=Protocol("greedy", "generate")
+    evaluator = TokenMatchEvaluator(
+        model=cast(Any, None),
+        encoder=PromptEncoder(cast(Any, Letters())),
+        protocol=TokenMatchProtocol("greedy", "generate"),
     )
-    questions = questions_about(CASES)
-    answers = [said(SAID[q.prompt][0]) for q in questions]
-    base = [said(SAID[q.prompt][1]) for q in questions]
-    asked = asked_table(examiner, questions, answers, base, [SAID[q.prompt][2] for q in questions])
-    return per_case(range(len(CASES)), CASES, RECORDS, asked, "greedy")
+    probes = probes_of(CASES)
+    predictions = [letters(PREDICTED[probe.prompt][0]) for probe in probes]
+    base = [letters(PREDICTED[probe.prompt][1]) for probe in probes]
+    rows = per_probe(evaluator, probes, predictions, base, [PREDICTED[probe.prompt][2] for probe in probes])
+    return per_case(range(len(CASES)), CASES, RECORDS, rows, "greedy")
 
 
-def test_scores_are_means_over_a_cases_questions_and_missing_where_it_asks_none() -> None:
+def test_scores_are_means_over_a_cases_probes_and_missing_where_it_has_none() -> None:
     rows = table()
     np.testing.assert_array_equal(rows["rel"], [1.0, 0.5, 0.0])
     np.testing.assert_array_equal(rows["rel_base"], [0.25, 0.0, 1.0])
     np.testing.assert_array_equal(rows["gen"], [0.75, NAN, NAN])  # 1 and 2/4
     np.testing.assert_array_equal(rows["gen_base"], [0.0, NAN, NAN])
-    np.testing.assert_array_equal(rows["loc"], [0.5, 0.75, NAN])  # against the base answer: 1/2; 1 and 2/4
+    np.testing.assert_array_equal(rows["loc"], [0.5, 0.75, NAN])  # against the base prediction: 1/2; 1 and 2/4
     np.testing.assert_array_equal(rows["same_subject"], [1.0, NAN, NAN])
     np.testing.assert_array_equal(rows["mhop"], [NAN, 1.0, NAN])  # against the given answer
     np.testing.assert_array_equal(rows["mhop_base"], [NAN, 0.5, NAN])
 
 
-def test_answers_and_routes_are_listed_question_by_question() -> None:
+def test_predictions_and_routes_are_listed_probe_by_probe() -> None:
     rows = table()
-    assert rows["gen_answers"][0] == ["abcd", "abzz"]
+    assert rows["gen_predictions"][0] == ["abcd", "abzz"]
     assert rows["gen_entries"][0] == [0, 1]
     assert rows["gen_route_scores"][0] == [0.85, 0.6]
     assert rows["gen_matched"][0] == [True, False]
-    assert rows["loc_answers"][1] == ["xx", "xxxx"]
-    assert pd.isna(rows["mhop_answers"][0])
+    assert rows["loc_predictions"][1] == ["xx", "xxxx"]
+    assert pd.isna(rows["mhop_predictions"][0])
 
 
-def test_each_case_row_says_what_was_written_and_how() -> None:
+def test_each_case_row_shows_what_was_written_and_how() -> None:
     rows = table()
     assert rows["n"].tolist() == [3, 3, 3]
     assert rows["case_id"].tolist() == ["a", "b", "c"]
@@ -112,7 +116,7 @@ def many() -> pd.DataFrame:
     return cases
 
 
-def test_summary_averages_over_the_cases_that_have_the_family_and_says_how_many() -> None:
+def test_summary_averages_over_the_cases_that_have_the_family_and_counts_them() -> None:
     row = summary(many(), ["rel", "gen", "loc", "same_subject", "mhop"], seed=1)
     assert row["rel"] == 0.5
     assert row["gen"] == 0.75

@@ -1,6 +1,6 @@
-"""How a model is questioned, on models whose every next token is set by hand and on the reference model."""
+"""How a model is evaluated, on models whose every next token is set by hand and on the reference model."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import pytest
@@ -9,25 +9,19 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from horen_bench.cases import EditCase, Probe
+from horen_bench.config.schema import Mode
 from horen_bench.errors import UserError
-from horen_bench.evaluation import (
-    Answer,
-    Mode,
-    Protocol,
-    Question,
-    TokenExaminer,
-    greedy_decode,
-    protocol_of,
-    questions_about,
-    sample,
-)
-from horen_bench.prompts import prompt_mask
+from horen_bench.evaluation.decoding import greedy_decode
+from horen_bench.evaluation.evaluator import Prediction
+from horen_bench.evaluation.probes import CaseProbe, probes_of, sample
+from horen_bench.evaluation.token_match import TokenMatchEvaluator, TokenMatchProtocol, protocol_of
+from horen_bench.prompts import PromptEncoder, prompt_mask
 
 VOCABULARY, EOS = 600, 0
 MODES: tuple[Mode, ...] = ("generate", "teacher_forced")
-GREEDY = Protocol("greedy", "generate")
+GREEDY = TokenMatchProtocol("greedy", "generate")
 RELEASE = protocol_of("release", "generate")
-FORCED = Protocol("teacher_forced", "teacher_forced")
+FORCED = TokenMatchProtocol("teacher_forced", "teacher_forced")
 
 
 def bigram(likely: Mapping[int, Mapping[int, float]]) -> PreTrainedModel:
@@ -71,26 +65,38 @@ def saying(tokenizer: PreTrainedTokenizerBase, replies: Mapping[str, list[int]])
     return bigram(likely)
 
 
-def asked(prompt: str, answer: str, family: str = "rel") -> Question:
-    return Question(0, family, "base" if family == "loc" else "answer", prompt, answer)
+def cache_name(protocol: TokenMatchProtocol) -> str:
+    model, encoder = cast(PreTrainedModel, None), cast(PromptEncoder, None)
+    return TokenMatchEvaluator(model=model, encoder=encoder, protocol=protocol).cache_name
 
 
-def one_answer(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, protocol: Protocol, question: Question
-) -> tuple[Answer, float]:
-    examiner = TokenExaminer(model=model, tokenizer=tokenizer, protocol=protocol)
-    answer = examiner.ask([question])[0]
-    return answer, examiner.score(question, answer, answer)
+def evaluator_of(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, protocol: TokenMatchProtocol, batch_size: int = 64
+) -> TokenMatchEvaluator:
+    encoder = PromptEncoder(tokenizer)
+    return TokenMatchEvaluator(model=model, encoder=encoder, protocol=protocol, batch_size=batch_size)
 
 
-# --- What is asked -----------------------------------------------------------------------------------------
+def probe_of(prompt: str, answer: str, family: str = "rel") -> CaseProbe:
+    return CaseProbe(0, family, "base" if family == "loc" else "answer", prompt, answer)
+
+
+def predicted_alone(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, protocol: TokenMatchProtocol, probe: CaseProbe
+) -> tuple[Prediction, float]:
+    evaluator = evaluator_of(model, tokenizer, protocol)
+    prediction = evaluator.predict([probe])[0]
+    return prediction, evaluator.score(probe, prediction, prediction)
+
+
+# --- What is evaluated -------------------------------------------------------------------------------------
 
 CASES = [
     EditCase(
         "a",
         "P1",
         "T1",
-        paraphrases=("Q1", " ", "Q2"),
+        paraphrases=(Probe("Q1", "T1"), Probe(" ", "T1"), Probe("Q2", "T1")),
         locality=(Probe("L1", "x"), Probe("L2", "")),
         hard_locality={"same_subject": (Probe("H1", "y"),)},
         extras={"mhop": (Probe("M1", "z"), Probe("", "z"))},
@@ -99,8 +105,8 @@ CASES = [
 ]
 
 
-def test_every_probe_becomes_a_question_of_its_family_and_empty_ones_are_left_out() -> None:
-    assert [(q.case, q.family, q.reference, q.prompt, q.answer) for q in questions_about(CASES)] == [
+def test_every_probe_counts_in_its_family_and_empty_ones_are_left_out() -> None:
+    assert [(p.case, p.family, p.reference, p.prompt, p.answer) for p in probes_of(CASES)] == [
         (0, "rel", "answer", "P1", "T1"),
         (0, "gen", "answer", "Q1", "T1"),
         (0, "gen", "answer", "Q2", "T1"),
@@ -112,10 +118,10 @@ def test_every_probe_becomes_a_question_of_its_family_and_empty_ones_are_left_ou
     ]
 
 
-def test_a_question_is_known_by_its_texts_alone() -> None:
-    key = Question(0, "rel", "answer", "ab", "c").key
-    assert Question(7, "loc", "base", "ab", "c").key == key
-    assert Question(0, "rel", "answer", "a", "bc").key != key
+def test_a_probe_is_known_by_its_texts_alone() -> None:
+    key = CaseProbe(0, "rel", "answer", "ab", "c").key
+    assert CaseProbe(7, "loc", "base", "ab", "c").key == key
+    assert CaseProbe(0, "rel", "answer", "a", "bc").key != key
 
 
 @pytest.mark.parametrize(
@@ -132,17 +138,17 @@ def test_only_the_release_protocol_looks_at_the_method(
     name: str, release_mode: Mode, expected: tuple[str, str, str, bool]
 ) -> None:
     protocol = protocol_of(name, release_mode)
-    found = (protocol.mode, protocol.lengths, protocol.locality_window, protocol.checkpoint_settings)
-    assert found == expected
+    rules = (protocol.mode, protocol.lengths, protocol.locality_window, protocol.checkpoint_settings)
+    assert rules == expected
     assert protocol.name == name
 
 
-def test_base_answers_of_the_releases_two_modes_are_kept_apart() -> None:
-    names = {protocol_of(name, mode).cache_name for name in ("greedy", "release") for mode in MODES}
+def test_base_predictions_of_the_releases_two_modes_are_kept_apart() -> None:
+    names = {cache_name(protocol_of(name, mode)) for name in ("greedy", "release") for mode in MODES}
     assert names == {"greedy-generate", "release-generate", "release-teacher_forced"}
 
 
-def test_an_unknown_protocol_is_told_the_known_ones() -> None:
+def test_an_unknown_protocol_is_refused_with_the_known_ones() -> None:
     with pytest.raises(UserError) as caught:
         protocol_of("generate", "generate")
     assert str(caught.value) == "protocol=generate compares no tokens; write one of greedy, teacher_forced, release"
@@ -159,49 +165,44 @@ def test_decoding_equals_generate_one_prompt_at_a_time(golden_model: PreTrainedM
         [1, *torch.randint(2, 600, (int(n),), generator=generator).tolist()]
         for n in torch.randint(1, 40, (20,), generator=generator)
     ]
-    wanted = [1 + i % 7 for i in range(20)]
+    n_tokens = [1 + i % 7 for i in range(20)]
     golden_model.generation_config.eos_token_id = None
     expected = [
         cast(Any, golden_model).generate(torch.tensor([ids]), max_new_tokens=n, do_sample=False)[0, len(ids) :].tolist()
-        for ids, n in zip(prompts, wanted, strict=True)
+        for ids, n in zip(prompts, n_tokens, strict=True)
     ]
     with torch.no_grad():
-        found = [
+        rows = [
             row
             for start in range(0, 20, batch_size)
             for row in greedy_decode(
-                golden_model, prompts[start : start + batch_size], wanted[start : start + batch_size], pad_id=EOS
+                golden_model, prompts[start : start + batch_size], n_tokens[start : start + batch_size], pad_id=EOS
             )
         ]
-    assert found == expected
-    assert len({tuple(row) for row in found}) > 10
+    assert rows == expected
+    assert len({tuple(row) for row in rows}) > 10
 
 
-def test_decoding_goes_on_past_eos_for_as_many_tokens_as_wanted() -> None:
+def test_decoding_goes_on_past_eos_for_as_many_tokens_as_it_is_given() -> None:
     model = bigram({5: {EOS: 1.0}, EOS: {7: 1.0}, 7: {8: 1.0}, 8: {EOS: 1.0}})
     assert greedy_decode(model, [[1, 5], [1, 9, 9, 7]], [4, 2], pad_id=EOS) == [[EOS, 7, 8, EOS], [8, EOS]]
 
 
-def test_answers_come_in_the_order_of_the_questions_whatever_the_batches(
+def test_predictions_come_in_the_order_of_the_probes_whatever_the_batches(
     golden_model: PreTrainedModel, golden_tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    questions = [
-        asked("Who founded Brightwater" + " by the river" * (i % 4) + "?" * (i % 3), "Lucan Vey") for i in range(11)
+    probes = [
+        probe_of("Who founded Brightwater" + " by the river" * (i % 4) + "?" * (i % 3), "Lucan Vey") for i in range(11)
     ]
-    questions += [asked("The bridge", "of the fair in Grenholm", "loc"), asked("The", "1927")]
+    probes += [probe_of("The bridge", "of the fair in Grenholm", "loc"), probe_of("The", "1927")]
     for protocol in (GREEDY, RELEASE, FORCED):
-        alone = [
-            TokenExaminer(model=golden_model, tokenizer=golden_tokenizer, protocol=protocol).ask([question])[0]
-            for question in questions
-        ]
+        alone = [evaluator_of(golden_model, golden_tokenizer, protocol).predict([probe])[0] for probe in probes]
         for batch_size in (1, 4, 64):
             counts: list[int] = []
-            examiner = TokenExaminer(
-                model=golden_model, tokenizer=golden_tokenizer, protocol=protocol, batch_size=batch_size
-            )
-            assert examiner.ask(questions, counts.append) == alone
-            assert sum(counts) == len(questions)
-    assert TokenExaminer(model=golden_model, tokenizer=golden_tokenizer, protocol=GREEDY).ask([]) == []
+            evaluator = evaluator_of(golden_model, golden_tokenizer, protocol, batch_size)
+            assert evaluator.predict(probes, counts.append) == alone
+            assert sum(counts) == len(probes)
+    assert evaluator_of(golden_model, golden_tokenizer, GREEDY).predict([]) == []
 
 
 # --- Scoring a generated answer ----------------------------------------------------------------------------
@@ -210,7 +211,7 @@ def test_answers_come_in_the_order_of_the_questions_whatever_the_batches(
 @pytest.mark.parametrize(
     ("reply", "answer", "greedy", "release"),
     [
-        # " the fair" is 2 tokens, "the fair" is 3 (t, he, fair): asked for 2, scored over 3.
+        # " the fair" is 2 tokens, "the fair" is 3 (t, he, fair): given 2, scored over 3.
         ([260, 338], "the fair", 1.0, 1.0),
         # " Norrish" is 6 tokens, "Norrish" is 5 (N, or, ri, s, h).
         ([222, 47, 282, 274, 84, 73], "Norrish", 1.0, 1.0),
@@ -218,9 +219,9 @@ def test_answers_come_in_the_order_of_the_questions_whatever_the_batches(
         ([260], "the fair", 2 / 3, 0.0),
         # EOS at once.
         ([], "the fair", 0.0, 0.0),
-        # Too long: cut to the 6 tokens asked for, then to the 5 scored.
+        # Too long: cut to the 6 tokens it is given, then to the 5 scored.
         ([222, 47, 282, 274, 84, 66], "Norrish", 0.8, 0.8),
-        # "Norrishe", said without a space: tokenised again as N, or, ri, she, so one position is missing.
+        # "Norrishe", without a space: tokenised again as N, or, ri, she, so one position is missing.
         ([47, 282, 274, 84, 73, 70], "Norrish", 0.6, 0.0),
         # Two wrong words that happen to re-tokenise into as many tokens.
         ([503, 404], "the fair", 0.0, 0.0),
@@ -231,24 +232,22 @@ def test_answers_come_in_the_order_of_the_questions_whatever_the_batches(
 def test_decoded_text_is_stripped_and_tokenised_again_before_it_is_scored(
     golden_tokenizer: PreTrainedTokenizerBase, reply: list[int], answer: str, greedy: float, release: float
 ) -> None:
-    question = asked("Which one?", answer)
-    model = saying(golden_tokenizer, {question.prompt: reply})
-    assert one_answer(model, golden_tokenizer, GREEDY, question)[1] == pytest.approx(greedy)
-    assert one_answer(model, golden_tokenizer, RELEASE, question)[1] == pytest.approx(release)
+    probe = probe_of("Which one?", answer)
+    model = saying(golden_tokenizer, {probe.prompt: reply})
+    assert predicted_alone(model, golden_tokenizer, GREEDY, probe)[1] == pytest.approx(greedy)
+    assert predicted_alone(model, golden_tokenizer, RELEASE, probe)[1] == pytest.approx(release)
 
 
-def test_an_answer_is_shown_as_text(golden_tokenizer: PreTrainedTokenizerBase) -> None:
-    question = asked("Which one?", "the fair")
-    examiner = TokenExaminer(
-        model=saying(golden_tokenizer, {question.prompt: [260, 338]}), tokenizer=golden_tokenizer, protocol=GREEDY
-    )
-    assert examiner.text(examiner.ask([question])[0]) == "the fair"
+def test_a_prediction_is_shown_as_text(golden_tokenizer: PreTrainedTokenizerBase) -> None:
+    probe = probe_of("Which one?", "the fair")
+    evaluator = evaluator_of(saying(golden_tokenizer, {probe.prompt: [260, 338]}), golden_tokenizer, GREEDY)
+    assert evaluator.text(evaluator.predict([probe])[0]) == "the fair"
 
 
 def test_only_the_release_protocol_decodes_under_the_checkpoints_settings(
     golden_tokenizer: PreTrainedTokenizerBase,
 ) -> None:
-    """The prompt holds " Vey" (404); the model would say it again, unless it is penalised for that."""
+    """The prompt holds " Vey" (404); the model would repeat it, unless it is penalised for that."""
     prompt = "Lucan Vey?"
     last = golden_tokenizer(prompt)["input_ids"][-1]
     model = bigram({last: {404: 1.0, 338: 0.9}, 404: {260: 1.0}, 338: {260: 1.0}})
@@ -256,9 +255,9 @@ def test_only_the_release_protocol_decodes_under_the_checkpoints_settings(
     settings.repetition_penalty = 1.5
     settings.eos_token_id = [EOS, 260]
     settings.do_sample, settings.temperature, settings.top_p, settings.top_k = True, 0.6, 0.9, 20
-    question = asked(prompt, "of the fair", "loc")  # 3 tokens behind a prompt, 4 alone
-    greedy = TokenExaminer(model=model, tokenizer=golden_tokenizer, protocol=GREEDY).ask([question])[0]
-    release = TokenExaminer(model=model, tokenizer=golden_tokenizer, protocol=RELEASE).ask([question])[0]
+    probe = probe_of(prompt, "of the fair", "loc")  # 3 tokens behind a prompt, 4 alone
+    greedy = evaluator_of(model, golden_tokenizer, GREEDY).predict([probe])[0]
+    release = evaluator_of(model, golden_tokenizer, RELEASE).predict([probe])[0]
     assert greedy.ids == (404, 260)  # then EOS
     assert release.ids[-2:] == (338, 260)  # stopped by the second of its EOS ids
 
@@ -269,34 +268,36 @@ def test_only_the_release_protocol_decodes_under_the_checkpoints_settings(
 def test_release_locality_looks_at_the_end_of_prompt_and_output_so_that_prompt_tokens_leak_in(
     golden_tokenizer: PreTrainedTokenizerBase,
 ) -> None:
-    """Two models that agree on nothing they say: 0, but 2/3 in the release's window of |"the fair"| = 3."""
-    question = asked("nq question: where is the museum of clocks", "the fair", "loc")
-    prompt = golden_tokenizer(question.prompt)["input_ids"]
-    base = saying(golden_tokenizer, {question.prompt: []})  # EOS at once
-    edited = saying(golden_tokenizer, {question.prompt: [338]})
+    """Two models that agree on nothing: 0, but 2/3 in the release's window of |"the fair"| = 3."""
+    probe = probe_of("nq question: where is the museum of clocks", "the fair", "loc")
+    prompt = golden_tokenizer(probe.prompt)["input_ids"]
+    base = saying(golden_tokenizer, {probe.prompt: []})  # EOS at once
+    edited = saying(golden_tokenizer, {probe.prompt: [338]})
 
-    silent = one_answer(base, golden_tokenizer, RELEASE, question)[0]
+    silent = predicted_alone(base, golden_tokenizer, RELEASE, probe)[0]
     assert silent.ids == (*prompt[-2:], EOS)
-    examiner = TokenExaminer(model=edited, tokenizer=golden_tokenizer, protocol=RELEASE)
-    spoken = examiner.ask([question])[0]
+    evaluator = evaluator_of(edited, golden_tokenizer, RELEASE)
+    spoken = evaluator.predict([probe])[0]
     assert spoken.ids == (prompt[-1], 338, EOS)
-    assert examiner.score(question, spoken, silent) == pytest.approx(1 / 3)
+    assert evaluator.score(probe, spoken, silent) == pytest.approx(1 / 3)
 
-    silent = one_answer(base, golden_tokenizer, GREEDY, question)[0]
+    silent = predicted_alone(base, golden_tokenizer, GREEDY, probe)[0]
     assert silent.ids == ()
-    examiner = TokenExaminer(model=edited, tokenizer=golden_tokenizer, protocol=GREEDY)
-    spoken = examiner.ask([question])[0]
+    evaluator = evaluator_of(edited, golden_tokenizer, GREEDY)
+    spoken = evaluator.predict([probe])[0]
     assert spoken.ids == (338,)
-    assert examiner.score(question, spoken, silent) == 0.0
-    assert examiner.score(question, silent, silent) == 1.0  # both say nothing
+    assert evaluator.score(probe, spoken, silent) == 0.0
+    assert evaluator.score(probe, silent, silent) == 1.0  # both stop at once
 
 
-def test_locality_compares_with_the_base_answer_and_never_with_the_given_one(
+def test_locality_compares_with_the_base_prediction_and_never_with_the_given_one(
     golden_tokenizer: PreTrainedTokenizerBase,
 ) -> None:
-    question = asked("Which one?", "the fair", "loc")
-    answer, score = one_answer(saying(golden_tokenizer, {"Which one?": [503, 404]}), golden_tokenizer, GREEDY, question)
-    assert answer.ids == (503, 404)
+    probe = probe_of("Which one?", "the fair", "loc")
+    prediction, score = predicted_alone(
+        saying(golden_tokenizer, {"Which one?": [503, 404]}), golden_tokenizer, GREEDY, probe
+    )
+    assert prediction.ids == (503, 404)
     assert score == 1.0
 
 
@@ -321,12 +322,12 @@ def test_teacher_forcing_reads_the_argmax_in_front_of_each_token_of_the_answer(
 ) -> None:
     """Id 32 is "?", the last token of the prompt; a longer neighbour pads the row on the left."""
     model = bigram({token: {following: 1.0} for token, following in likely.items()})
-    question = asked("Which one?", answer)
-    examiner = TokenExaminer(model=model, tokenizer=golden_tokenizer, protocol=FORCED)
-    for company in ([], [asked("nq question: who built the old tower of Grenholm", "the guild of masons")]):
-        found = examiner.ask([question, *company])[0]
-        assert found == Answer(predicted, predicted)
-        assert examiner.score(question, found, found) == pytest.approx(score)
+    probe = probe_of("Which one?", answer)
+    evaluator = evaluator_of(model, golden_tokenizer, FORCED)
+    for company in ([], [probe_of("nq question: who built the old tower of Grenholm", "the guild of masons")]):
+        prediction = evaluator.predict([probe, *company])[0]
+        assert prediction == Prediction(predicted, predicted)
+        assert evaluator.score(probe, prediction, prediction) == pytest.approx(score)
 
 
 def test_the_prompt_is_announced_without_padding_and_without_the_answer(
@@ -340,21 +341,21 @@ def test_the_prompt_is_announced_without_padding_and_without_the_answer(
 
     model = bigram({})
     model.register_forward_pre_hook(look, with_kwargs=True)
-    questions = [asked("Who?", "the fair"), asked("nq question: who built the old tower", "Norrish")]
-    TokenExaminer(model=model, tokenizer=golden_tokenizer, protocol=FORCED).ask(questions)
+    probes = [probe_of("Who?", "the fair"), probe_of("nq question: who built the old tower", "Norrish")]
+    evaluator_of(model, golden_tokenizer, FORCED).predict(probes)
     ids, mask = seen[0]
-    for row, question in enumerate(questions):
-        assert ids[row][mask[row]].tolist() == golden_tokenizer(question.prompt)["input_ids"]
+    for row, probe in enumerate(probes):
+        assert ids[row][mask[row]].tolist() == golden_tokenizer(probe.prompt)["input_ids"]
 
 
-def test_asking_leaves_no_gradient_and_no_random_draw_behind(
+def test_evaluating_leaves_no_gradient_and_no_random_draw_behind(
     golden_model: PreTrainedModel, golden_tokenizer: PreTrainedTokenizerBase
 ) -> None:
     golden_model.requires_grad_(True)
     state = torch.get_rng_state()
     for protocol in (GREEDY, RELEASE, FORCED):
-        TokenExaminer(model=golden_model, tokenizer=golden_tokenizer, protocol=protocol).ask(
-            [asked("Who founded Brightwater?", "Lucan Vey")]
+        evaluator_of(golden_model, golden_tokenizer, protocol).predict(
+            [probe_of("Who founded Brightwater?", "Lucan Vey")]
         )
     assert torch.equal(torch.get_rng_state(), state)
     assert all(weight.grad is None for weight in golden_model.parameters())
@@ -371,3 +372,44 @@ def test_a_sample_is_fixed_of_its_size_and_grows_out_of_the_smaller_checkpoints(
     assert set(later) & set(range(100)) <= set(first)
     assert sample(100, 20, seed=1) == first
     assert sample(100, 20, seed=2) != first
+
+
+class _Small(TokenMatchEvaluator):
+    """An evaluator whose memory does for so many prompts."""
+
+    room = 3
+
+    def predict_batch(self, probes: Sequence[CaseProbe]) -> list[Prediction]:
+        if len(probes) > self.room:
+            raise torch.OutOfMemoryError("no more memory")
+        return super().predict_batch(probes)
+
+
+def _evaluators(
+    kinds: Sequence[type[TokenMatchEvaluator]], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> list[TokenMatchEvaluator]:
+    return [kind(model=model, encoder=PromptEncoder(tokenizer), batch_size=16, protocol=GREEDY) for kind in kinds]
+
+
+def test_a_batch_that_does_not_fit_is_halved_and_every_probe_is_predicted_once(
+    golden_model: PreTrainedModel, golden_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    probes = [probe_of(f"Who founded {name}?", "Ostrander Motors") for name in "ABCDEFGHIJK"]
+    plain, small = _evaluators([TokenMatchEvaluator, _Small], golden_model, golden_tokenizer)
+    sizes: list[int] = []
+    assert small.predict(probes, sizes.append) == plain.predict(probes)
+    assert sum(sizes) == len(probes)
+    assert max(sizes) == 2, "11, 5, 2"
+    assert "2 at a time" in small.warnings()[0]
+    assert plain.warnings() == []
+    small.predict(probes[:5], sizes.append)
+    assert sizes[-3:] == [2, 2, 1], "what does not fit is not tried again"
+
+
+def test_one_prompt_that_does_not_fit_is_an_error(
+    golden_model: PreTrainedModel, golden_tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (small,) = _evaluators([_Small], golden_model, golden_tokenizer)
+    monkeypatch.setattr(_Small, "room", 0)
+    with pytest.raises(torch.OutOfMemoryError):
+        small.predict([probe_of("Who founded A?", "Ostrander Motors")] * 4)

@@ -1,4 +1,4 @@
-"""Long answers: written to their end, whatever stands beside them in the batch, and judged as texts."""
+"""Long answers: written to their end, whatever stands beside them in the batch, and scored as texts."""
 
 import math
 from collections.abc import Sequence
@@ -9,52 +9,57 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from horen_bench.cases import EditCase
-from horen_bench.config.compose import build, composed
-from horen_bench.config.settings import resolved
-from horen_bench.evaluation import Answer, Question, TextExaminer, TextJudge, greedy_decode
+from horen_bench.config.compose import run_config
+from horen_bench.evaluation.decoding import greedy_decode
+from horen_bench.evaluation.evaluator import Prediction
+from horen_bench.evaluation.long_form import LongFormEvaluator, TextScorer
+from horen_bench.evaluation.probes import CaseProbe
 from horen_bench.metrics.similarity import Similarity
-from horen_bench.prompts import encode_prompts, with_chat_template
+from horen_bench.prompts import PromptEncoder
 
 EOS = 0
 
 
 class SameFirstWord(Similarity):
-    """1 where both texts begin with the same word; counts what it is asked."""
+    """1 where both texts begin with the same word; keeps the pairs that it scores."""
 
     name = "first_word"
 
     def __init__(self) -> None:
         super().__init__("none", "cpu", 1)
-        self.asked: list[tuple[str, str]] = []
+        self.pairs: list[tuple[str, str]] = []
 
     def __call__(self, predictions: Sequence[str], references: Sequence[str]) -> list[float]:
         pairs = list(zip(predictions, references, strict=True))
-        self.asked += pairs
-        return [float(said.split()[:1] == wanted.split()[:1]) for said, wanted in pairs]
+        self.pairs += pairs
+        return [float(text.split()[:1] == reference.split()[:1]) for text, reference in pairs]
 
     def loaded(self, folder: str) -> Any:
         raise NotImplementedError
 
 
-def examiner(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int = 12, batch_size: int = 64
-) -> TextExaminer:
-    return TextExaminer(
+def evaluator_of(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | PromptEncoder,
+    max_new_tokens: int = 12,
+    batch_size: int = 64,
+) -> LongFormEvaluator:
+    return LongFormEvaluator(
         model=model,
-        tokenizer=tokenizer,
+        encoder=PromptEncoder.of(tokenizer),
         batch_size=batch_size,
-        judge=TextJudge([SameFirstWord()]),
+        scorer=TextScorer([SameFirstWord()]),
         max_new_tokens=max_new_tokens,
     )
 
 
-def asked(prompt: str, answer: str = "the fair", family: str = "rel") -> Question:
-    return Question(0, family, "base" if family == "loc" else "answer", prompt, answer)
+def probe_of(prompt: str, answer: str = "the fair", family: str = "rel") -> CaseProbe:
+    return CaseProbe(0, family, "base" if family == "loc" else "answer", prompt, answer)
 
 
 def stopping_early(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> int:
-    """A token that some of the greedy continuations say and others do not, to stand for EOS."""
-    rows = greedy_decode(model, encode_prompts(tokenizer, prompts), [12] * len(prompts), EOS)
+    """A token that some of the greedy continuations hold and others do not, to stand for EOS."""
+    rows = greedy_decode(model, PromptEncoder(tokenizer).prompts(prompts), [12] * len(prompts), EOS)
     counts = {token: sum(token in row for row in rows) for row in rows for token in row}
     return next(token for token, count in counts.items() if 0 < count < len(rows))
 
@@ -73,7 +78,7 @@ def test_a_row_that_stops_leaves_the_batch_and_the_others_go_on_as_if_alone(
     golden_model: PreTrainedModel, golden_tokenizer: PreTrainedTokenizerBase
 ) -> None:
     stop = stopping_early(golden_model, golden_tokenizer, PROMPTS)
-    rows = encode_prompts(golden_tokenizer, PROMPTS)
+    rows = PromptEncoder(golden_tokenizer).prompts(PROMPTS)
     alone = [greedy_decode(golden_model, [row], [12], EOS, (stop,))[0] for row in rows]
     assert len({len(row) for row in alone}) > 1
     assert greedy_decode(golden_model, rows, [12] * len(rows), EOS, (stop,)) == alone
@@ -81,84 +86,84 @@ def test_a_row_that_stops_leaves_the_batch_and_the_others_go_on_as_if_alone(
         assert row == (whole[: whole.index(stop) + 1] if stop in whole else whole)
 
 
-def test_an_answer_ends_before_eos_and_no_later_than_asked(
+def test_a_prediction_ends_before_eos_and_no_later_than_its_limit(
     golden_model: PreTrainedModel, golden_tokenizer: PreTrainedTokenizerBase
 ) -> None:
     stop = stopping_early(golden_model, golden_tokenizer, PROMPTS)
     golden_tokenizer.eos_token = golden_tokenizer.convert_ids_to_tokens(stop)
-    questions = [asked(prompt) for prompt in PROMPTS]
-    answers = examiner(golden_model, golden_tokenizer).ask(questions)
-    assert all(stop not in answer.ids and len(answer.ids) <= 12 for answer in answers)
-    assert len({len(answer.ids) for answer in answers}) > 1
-    assert examiner(golden_model, golden_tokenizer, batch_size=2).ask(questions) == answers
-    shorter = examiner(golden_model, golden_tokenizer, max_new_tokens=3).ask(questions)
-    assert [answer.ids[:3] for answer in answers] == [answer.ids for answer in shorter]
+    probes = [probe_of(prompt) for prompt in PROMPTS]
+    predictions = evaluator_of(golden_model, golden_tokenizer).predict(probes)
+    assert all(stop not in prediction.ids and len(prediction.ids) <= 12 for prediction in predictions)
+    assert len({len(prediction.ids) for prediction in predictions}) > 1
+    assert evaluator_of(golden_model, golden_tokenizer, batch_size=2).predict(probes) == predictions
+    shorter = evaluator_of(golden_model, golden_tokenizer, max_new_tokens=3).predict(probes)
+    assert [prediction.ids[:3] for prediction in predictions] == [prediction.ids for prediction in shorter]
 
 
 def test_writing_stops_at_the_end_of_the_context(
     golden_model: PreTrainedModel, golden_tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    golden_tokenizer.eos_token = "q"  # never said here
+    golden_tokenizer.eos_token = "q"  # never predicted here
     prompts = ["The bridge", "The bridge" + " by the river" * 2, "The bridge" + " by the river" * 20]
-    lengths = [len(row) for row in encode_prompts(golden_tokenizer, prompts)]
+    lengths = [len(row) for row in PromptEncoder(golden_tokenizer).prompts(prompts)]
     cast(Any, golden_model.config).max_position_embeddings = lengths[1] + 1
-    answers = examiner(golden_model, golden_tokenizer, 512).ask([asked(prompt) for prompt in prompts])
-    assert [len(answer.ids) for answer in answers] == [lengths[1] + 1 - lengths[0], 1, 0]
+    predictions = evaluator_of(golden_model, golden_tokenizer, 512).predict([probe_of(prompt) for prompt in prompts])
+    assert [len(prediction.ids) for prediction in predictions] == [lengths[1] + 1 - lengths[0], 1, 0]
 
 
-def said(tokenizer: PreTrainedTokenizerBase, text: str) -> Answer:
-    return Answer(tuple(tokenizer(text, add_special_tokens=False)["input_ids"]), ())
+def predicted(tokenizer: PreTrainedTokenizerBase, text: str) -> Prediction:
+    return Prediction(tuple(tokenizer(text, add_special_tokens=False)["input_ids"]), ())
 
 
-def test_answers_are_judged_against_the_given_text_and_locality_against_the_base_answer(
+def test_predictions_are_scored_against_the_given_text_and_locality_against_the_base_prediction(
     golden_model: PreTrainedModel, golden_tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    one = examiner(golden_model, golden_tokenizer)
-    questions = [asked("Q", "the old fair"), asked("L", "anything", "loc")]
-    answers = [said(golden_tokenizer, " the fair "), said(golden_tokenizer, "a bridge")]
-    base = [said(golden_tokenizer, "x"), said(golden_tokenizer, "a bridge of stone")]
-    first, second = one.scores(questions, answers, base)
-    assert one.text(answers[0]) == "the fair"
+    evaluator = evaluator_of(golden_model, golden_tokenizer)
+    probes = [probe_of("Q", "the old fair"), probe_of("L", "anything", "loc")]
+    predictions = [predicted(golden_tokenizer, " the fair "), predicted(golden_tokenizer, "a bridge")]
+    base = [predicted(golden_tokenizer, "x"), predicted(golden_tokenizer, "a bridge of stone")]
+    first, second = evaluator.scores(probes, predictions, base)
+    assert evaluator.text(predictions[0]) == "the fair"
     assert first["rouge1_recall"] == pytest.approx(2 / 3)  # the, fair of the, old, fair
     assert first["rouge1_precision"] == 1.0
     assert first["bleu1_bp"] == pytest.approx(math.exp(1 - 3 / 2))
     assert (first["length"], first["first_word"]) == (2.0, 1.0)
     assert second["rouge1_recall"] == pytest.approx(2 / 4)  # a, bridge of a, bridge, of, stone
-    assert one.scores([], [], []) == []
+    assert evaluator.scores([], [], []) == []
 
 
-def test_a_pair_is_judged_once_however_often_it_comes_back() -> None:
+def test_a_pair_is_scored_once_however_often_it_comes_back() -> None:
     similarity = SameFirstWord()
-    judge = TextJudge([similarity])
-    first = judge([("a b", "a c"), ("a b", "a c"), ("x", "a c")])
-    assert judge([("x", "a c"), ("a b", "a c")]) == [first[2], first[0]]
-    assert similarity.asked == [("a b", "a c"), ("x", "a c")]
+    scorer = TextScorer([similarity])
+    first = scorer([("a b", "a c"), ("a b", "a c"), ("x", "a c")])
+    assert scorer([("x", "a c"), ("a b", "a c")]) == [first[2], first[0]]
+    assert similarity.pairs == [("a b", "a c"), ("x", "a c")]
 
 
-def test_longest_answers_are_part_of_the_name_of_the_base_answers(
+def test_longest_answers_are_part_of_the_name_of_the_base_predictions(
     golden_model: PreTrainedModel, golden_tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    names = [examiner(golden_model, golden_tokenizer, n).cache_name for n in (128, 512)]
+    names = [evaluator_of(golden_model, golden_tokenizer, n).cache_name for n in (128, 512)]
     assert names == ["text-128", "text-512"]
 
 
-def test_an_edit_under_a_chat_template_is_said_back_to_its_question_and_ends(
+def test_an_edit_under_a_chat_template_is_predicted_for_its_prompt_and_ends(
     golden_model: PreTrainedModel, golden_tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    """Editing, routing and asking see one and the same prompt, and the end is learnt with the answer."""
+    """Editing, routing and evaluation see one and the same prompt, and the end is learnt with the answer."""
     golden_tokenizer.chat_template = (
         "{{ bos_token }}{{ messages[0]['content'] }}{% if add_generation_prompt %}: {% endif %}"
     )
-    chat = with_chat_template(golden_tokenizer)
-    settings = resolved(composed(["method=horen", "model=tiny"]))["method"]
-    one = examiner(golden_model, chat)
-    question = asked("Who founded Brightwater?", "Lucan.")
-    assert one.text(one.ask([question])[0]) != "Lucan."
-    editor = build(settings, "method", model=golden_model, tokenizer=chat, seed=0)
-    editor.edit([EditCase("a", question.prompt, question.answer)])
-    (route,) = editor.routes([question.prompt])
+    chat = PromptEncoder(golden_tokenizer, "model")
+    evaluator = evaluator_of(golden_model, chat)
+    probe = probe_of("Who founded Brightwater?", "Lucan.")
+    assert evaluator.text(evaluator.predict([probe])[0]) != "Lucan."
+    config = run_config(["method=horen", "model=tiny"]).method
+    editor = config.editor_class()(golden_model, chat, config)
+    editor.edit([EditCase("a", probe.prompt, probe.answer)])
+    (route,) = editor.routes([probe.prompt])
     assert route.matched
     assert route.score == pytest.approx(1.0, abs=1e-4)
-    (answer,) = one.ask([question])
-    assert one.text(answer) == "Lucan."
-    assert len(answer.ids) < 12
+    (prediction,) = evaluator.predict([probe])
+    assert evaluator.text(prediction) == "Lucan."
+    assert len(prediction.ids) < 12

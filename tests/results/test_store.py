@@ -1,6 +1,5 @@
 """Run directories: whole files at every moment, one process at a time."""
 
-import copy
 import errno
 import json
 import math
@@ -12,17 +11,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import hydra
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from horen_bench.config.settings import resolved
+from horen_bench.config.compose import run_config
+from horen_bench.editors.horen.config import HorenConfig
 from horen_bench.errors import UserError
-from horen_bench.paths import resource
 from horen_bench.results.atomic import replacing, write_text
-from horen_bench.results.store import RunStore, cached_answers, identity
+from horen_bench.results.store import SCHEMA, RunStore, identity, stored_predictions
 
 ONE_CASE = pd.DataFrame({"case_id": ["a"]})
 
@@ -173,7 +172,7 @@ def test_an_empty_store_has_no_rows_no_cases_and_no_state(store: RunStore) -> No
 
 def test_checkpoints_come_back_in_order_and_replace_their_own_n(store: RunStore) -> None:
     for n, rel in ((20, 0.25), (10, 0.5), (20, 0.75)):
-        cases = pd.DataFrame({"n": n, "rel": [rel] * n, "answers": [["a", "b"]] * n})
+        cases = pd.DataFrame({"n": n, "rel": [rel] * n, "predictions": [["a", "b"]] * n})
         store.add_checkpoint(place(n) | {"rel": rel, "warnings": None}, cases)
     rows = store.checkpoints()
     assert rows["n"].tolist() == [10, 20]
@@ -182,7 +181,7 @@ def test_checkpoints_come_back_in_order_and_replace_their_own_n(store: RunStore)
     cases = store.cases()
     assert cases["n"].tolist() == [10] * 10 + [20] * 20
     assert cases["rel"].iloc[-1] == 0.75
-    assert list(cases["answers"].iloc[0]) == ["a", "b"]
+    assert list(cases["predictions"].iloc[0]) == ["a", "b"]
 
 
 def test_protocols_of_one_checkpoint_stand_beside_each_other(store: RunStore) -> None:
@@ -228,7 +227,7 @@ def test_clear_forgets_everything_but_the_lock(store: RunStore) -> None:
 # --- State -------------------------------------------------------------------------------------------------
 
 
-def test_state_comes_back_bit_for_bit_with_what_was_said_about_it(store: RunStore) -> None:
+def test_state_comes_back_bit_for_bit_with_its_progress(store: RunStore) -> None:
     tensors = {
         "keys": torch.randn(3, 4, generator=torch.Generator().manual_seed(0)).T,  # not contiguous
         "half": torch.tensor([1.5, -2.0], dtype=torch.bfloat16),
@@ -237,13 +236,13 @@ def test_state_comes_back_bit_for_bit_with_what_was_said_about_it(store: RunStor
     }
     progress = {"records": [{"loss": math.inf, "problem": None, "é": "ü"}], "edit_seconds": 0.1 + 0.2}
     store.save_state(tensors, progress)
-    found = store.load_state()
-    assert found is not None
-    assert found[1] == progress
-    assert found[0].keys() == tensors.keys()
+    state = store.load_state()
+    assert state is not None
+    assert state[1] == progress
+    assert state[0].keys() == tensors.keys()
     for name, tensor in tensors.items():
-        assert found[0][name].dtype == tensor.dtype
-        assert torch.equal(found[0][name], tensor)
+        assert state[0][name].dtype == tensor.dtype
+        assert torch.equal(state[0][name], tensor)
 
 
 @pytest.mark.parametrize("damage", [lambda data: data[:-8], lambda data: b"", lambda data: b"\xff" * len(data)])
@@ -259,73 +258,96 @@ def test_a_damaged_state_says_how_to_start_again(store: RunStore, damage: Callab
 
 # --- Identity ----------------------------------------------------------------------------------------------
 
-with hydra.initialize_config_dir(str(resource("conf")), version_base="1.3"):
-    CONFIG = resolved(hydra.compose("config"))
+CONFIG = run_config()
 
 
-def changed(path: str, value: object) -> dict[str, Any]:
-    config = copy.deepcopy(CONFIG)
-    *groups, leaf = path.split(".")
-    part = config
-    for group in groups:
-        part = part[group]
-    part[leaf] = value
-    return config
+def changed(override: str) -> str:
+    return identity(run_config([override]))
 
 
 @pytest.mark.parametrize(
-    ("path", "value"),
+    "override",
     [
-        ("seed", 43),
-        ("method.threshold", 0.7),
-        ("method.hopfield.beta", 10.0),
-        ("method.new_constant", None),
-        ("locality", "clean"),
-        ("dataset.stream_seed", 2),
-        ("dataset.name", "zsre"),
-        ("model.hub_id", "a/c"),
-        ("model.revision", "main"),
-        ("model.dtype", "bfloat16"),
-        ("template", "model"),
-        ("text.max_new_tokens", 128),
+        "seed=43",
+        "method.threshold=0.7",
+        "method.hopfield.beta=10.0",
+        "method.engine=sequential",
+        "method=grace",
+        "locality=clean",
+        "eval_cases=5",
+        "dataset.stream_seed=2",
+        "dataset.name=zsre",
+        "model.name=other",
+        "model.hub_id=a/c",
+        "model.revision=main",
+        "model.dtype=bfloat16",
+        "template=model",
+        "text.max_new_tokens=128",
     ],
 )
-def test_what_changes_the_numbers_makes_another_run(path: str, value: object) -> None:
-    assert identity(changed(path, value)) != identity(CONFIG)
+def test_what_changes_the_numbers_makes_another_run(override: str) -> None:
+    assert changed(override) != identity(CONFIG)
+
+
+class NewConfig(HorenConfig):
+    """A method of somebody else under the name of ours."""
+
+
+class NewerConfig(NewConfig):
+    """One with a setting more."""
+
+    new_constant: int | None = None
+
+
+def test_another_class_or_a_new_setting_makes_another_run() -> None:
+    settings = dict(CONFIG.method)
+    methods = [CONFIG.method, NewConfig(**settings), NewerConfig(**settings), NewerConfig(**settings, new_constant=1)]
+    assert len({identity(CONFIG.model_copy(update={"method": method})) for method in methods}) == 4
 
 
 @pytest.mark.parametrize(
-    ("path", "value"),
+    "override",
     [
-        ("n", 5),
-        ("checkpoints", [1, 2]),
-        ("protocol", ["release", "greedy"]),
-        ("dataset.protocol", "teacher_forced"),
-        ("results_dir", "elsewhere"),
-        ("data_dir", "elsewhere"),
-        ("dataset.path", "elsewhere.json"),
-        ("device", "cuda"),
-        ("threads", None),
-        ("batch_size", 1),
-        ("save_every", 0),
-        ("force", True),
-        ("tracker", {"_target_": "x.Other", "project": "p"}),
-        ("model.threads", None),
-        ("model.device_map", "auto"),
-        ("model.rome", {"module": "not of this method"}),
-        ("template", "none"),  # what a run without the setting had
-        ("text.max_new_tokens", 512),
-        ("text.minilm", "elsewhere"),
+        "n=5",
+        "checkpoints=[1,2]",
+        "protocol=[release,greedy]",
+        "dataset.protocol=teacher_forced",
+        "results_dir=elsewhere",
+        "data_dir=elsewhere",
+        "device=cuda",
+        "threads=null",
+        "batch_size=1",
+        "save_every=0",
+        "reuse=false",
+        "force=true",
+        "tracker=wandb",
+        "model.threads=null",
+        "model.device_map=auto",
+        "model.label=Small",
+        "model.rome.module=not_of_this_method",
+        "template=none",
+        "text.max_new_tokens=512",
+        "text.minilm=elsewhere",
+        "method.label=Other",
+        "method.rank=7",
+        "method.ms_per_edit=null",
+        "method.style.line=':'",
+        "dataset.label=Other",
     ],
 )
-def test_what_does_not_change_the_numbers_goes_on_with_the_run(path: str, value: object) -> None:
-    assert identity(changed(path, value)) == identity(CONFIG)
+def test_what_does_not_change_the_numbers_goes_on_with_the_run(override: str) -> None:
+    assert changed(override) == identity(CONFIG)
+
+
+def test_a_data_file_counts_by_what_it_holds_and_not_by_where_it_lies() -> None:
+    here, there = (identity(run_config(["dataset=zsre", f"dataset.path={path}"])) for path in ("a.json", "b.json"))
+    assert here == there != identity(CONFIG)
 
 
 def test_statistics_count_by_what_they_hold_and_not_by_where_they_lie(tmp_path: Path) -> None:
     def with_statistics(**changes: Any) -> str:
-        statistics = {"corpus": "a.txt", "folder": None, "published": None, **changes}
-        return identity({**CONFIG, "method": {**CONFIG["method"], "statistics": statistics}})
+        overrides = [f"method.statistics.{name}={value}" for name, value in changes.items()]
+        return identity(run_config(["method=memit", "method.statistics.corpus=a.txt", *overrides]))
 
     for name, value in (("here", 1.0), ("there", 1.0), ("other", 2.0), ("damaged", 0.0)):
         (tmp_path / name).mkdir()
@@ -341,10 +363,72 @@ def test_statistics_count_by_what_they_hold_and_not_by_where_they_lie(tmp_path: 
 
 
 def test_identity_does_not_depend_on_the_order_of_settings() -> None:
-    backwards = {key: CONFIG[key] for key in reversed(CONFIG)}
-    backwards["method"] = {key: CONFIG["method"][key] for key in reversed(CONFIG["method"])}
+    settings = dict(reversed([*dict(CONFIG.method).items()]))
+    backwards = CONFIG.model_copy(update={"method": HorenConfig(**settings)})
     assert identity(backwards) == identity(CONFIG)
     assert len(identity(CONFIG)) == 10
+
+
+# --- Schema ------------------------------------------------------------------------------------------------
+
+
+def refused(store: RunStore, number: object) -> str:
+    """What is printed about a folder that a version with another schema left."""
+    return (
+        f"{store.path} was made with another version of the program (schema {number}, now {SCHEMA}); start again with "
+        "force=true, or keep it by choosing another results_dir="
+    )
+
+
+def test_a_folder_of_this_schema_is_gone_on_with_and_an_empty_one_too(store: RunStore) -> None:
+    store.check_schema()
+    store.record_failure("no weights")
+    store.check_schema()
+    store.describe(CONFIG, {"device": "cpu"}, {"n": 1})
+    store.add_checkpoint(place(1), ONE_CASE)
+    store.check_schema()
+    assert json.loads((store.path / "environment.json").read_text()) == {"schema": SCHEMA, "device": "cpu"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "number"),
+    [
+        (None, "none"),
+        ('{"device": "cpu"}', "none"),
+        ('{"schema": 1}', 1),
+        ('{"schema": 99}', 99),
+        ("[", "none"),
+        ("[]", "none"),
+    ],
+)
+@pytest.mark.parametrize("what", ["rows", "state"])
+def test_a_folder_of_another_schema_is_refused_in_a_sentence(
+    store: RunStore, what: str, environment: str | None, number: object
+) -> None:
+    if what == "rows":
+        store.add_checkpoint(place(1), ONE_CASE)
+    else:
+        store.save_state({}, {"position": 1})
+    if environment is not None:
+        write_text(store.path / "environment.json", environment)
+    with pytest.raises(UserError) as caught:
+        store.check_schema()
+    assert str(caught.value) == refused(store, number)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "number"),
+    [(None, "none"), ({"progress": "{}"}, "none"), ({"schema": "1", "progress": "{}"}, 1), ({"schema": "3"}, 3)],
+)
+def test_a_state_of_another_schema_is_refused_in_a_sentence(
+    store: RunStore, metadata: dict[str, str] | None, number: object
+) -> None:
+    path = store.path / "state" / "stream.safetensors"
+    path.parent.mkdir(parents=True)
+    save_file({"x": torch.ones(2)}, path, metadata=metadata)
+    with pytest.raises(UserError) as caught:
+        store.load_state()
+    assert str(caught.value) == refused(store, number)
 
 
 # --- One process at a time ---------------------------------------------------------------------------------
@@ -352,8 +436,6 @@ def test_identity_does_not_depend_on_the_order_of_settings() -> None:
 HOLD = """
 import sys, time
 from pathlib import Path
-from horen_bench.paths import resource
-from horen_bench.config.settings import resolved
 from horen_bench.results.store import RunStore
 with RunStore(Path(sys.argv[1])).locked():
     print("held", flush=True)
@@ -383,26 +465,26 @@ def test_an_error_of_something_else_while_holding_the_lock_is_not_taken_for_a_fu
         raise ConnectionError("the hub is gone")
 
 
-# --- Base answers ------------------------------------------------------------------------------------------
+# --- Base predictions --------------------------------------------------------------------------------------
 
 
-def test_only_missing_base_answers_are_asked_for(tmp_path: Path) -> None:
-    path = tmp_path / "base" / "answers.json"
-    asked: list[list[int]] = []
+def test_only_missing_base_predictions_are_made(tmp_path: Path) -> None:
+    path = tmp_path / "base" / "predictions.json"
+    made: list[list[int]] = []
 
-    def answer(missing: list[int]) -> list[dict[str, list[int]]]:
-        asked.append(missing)
+    def predict(missing: list[int]) -> list[dict[str, list[int]]]:
+        made.append(missing)
         return [{"ids": [i]} for i in missing]
 
-    assert cached_answers(path, ["a", "b"], answer) == [{"ids": [0]}, {"ids": [1]}]
-    assert cached_answers(path, ["c", "a", "b", "d"], answer) == [{"ids": [i]} for i in (0, 0, 1, 3)]
-    assert cached_answers(path, ["d", "a"], answer) == [{"ids": [3]}, {"ids": [0]}]
-    assert asked == [[0, 1], [0, 3]]
+    assert stored_predictions(path, ["a", "b"], predict) == [{"ids": [0]}, {"ids": [1]}]
+    assert stored_predictions(path, ["c", "a", "b", "d"], predict) == [{"ids": [i]} for i in (0, 0, 1, 3)]
+    assert stored_predictions(path, ["d", "a"], predict) == [{"ids": [3]}, {"ids": [0]}]
+    assert made == [[0, 1], [0, 3]]
     assert sorted(json.loads(path.read_text())) == ["a", "b", "c", "d"]
 
 
-def test_a_damaged_file_of_base_answers_is_asked_again(tmp_path: Path) -> None:
-    path = tmp_path / "answers.json"
+def test_a_damaged_file_of_base_predictions_is_made_again(tmp_path: Path) -> None:
+    path = tmp_path / "predictions.json"
     path.write_text('{"a": {"ids"')
-    assert cached_answers(path, ["a"], lambda missing: [{"ids": [7]} for _ in missing]) == [{"ids": [7]}]
+    assert stored_predictions(path, ["a"], lambda missing: [{"ids": [7]} for _ in missing]) == [{"ids": [7]}]
     assert json.loads(path.read_text()) == {"a": {"ids": [7]}}

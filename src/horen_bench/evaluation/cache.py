@@ -1,146 +1,87 @@
-"""How a run's model is questioned: one exam for each protocol, with what need not be asked again."""
+"""Around an evaluator: predictions that are known without running the model."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import torch
-from rich.progress import Progress
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-from horen_bench.config.settings import Config, editor_class
-from horen_bench.editors.base import Route
-from horen_bench.evaluation import (
-    Answer,
-    Examiner,
-    Question,
-    TextExaminer,
-    TextJudge,
-    TokenExaminer,
-    greedy_decode,
-    protocol_of,
-)
-from horen_bench.metrics.similarity import BertScoreF1, MiniLmCosine, free_device
-from horen_bench.models.loading import LoadedModel
-from horen_bench.profiling import Stopwatch
-from horen_bench.prompts import encode_continuations, encode_prompts, pad_id_of
-from horen_bench.results.store import cached_answers
-
-# What is timed of a question, on every model alike; ours.
-_TIMED_QUESTIONS, _TIMED_TOKENS = 20, 8
+from horen_bench.cases import Route
+from horen_bench.evaluation.evaluator import Advance, Evaluator, Prediction
+from horen_bench.evaluation.probes import CaseProbe
+from horen_bench.progress import Bars
+from horen_bench.results.store import stored_predictions
 
 
-@dataclass(slots=True)
-class Exam:
-    """One protocol of a run.
+class PredictionCache:
+    """Predicts as its evaluator does, running the model no more than necessary.
 
-    Attributes:
-        examiner: asks the model questions.
-        base: the unedited model's answer to each question that this protocol asks, by the question's position.
-        answered: what a memory's entry made the model answer, by question: entry and version, answer.
-    """
-
-    examiner: Examiner
-    base: Mapping[int, Answer]
-    answered: dict[int, tuple[tuple[int | None, int], Answer]] = field(default_factory=dict)
-
-    def answers(
-        self,
-        questions: Sequence[Question],
-        chosen: Sequence[int],
-        routes: Sequence[Route | None],
-        advance: Callable[[int], None],
-    ) -> list[Answer]:
-        """Answers to the questions at `chosen`, asking the model no more than necessary.
-
-        Where no entry acts, the edited model is the base model, whose answer is known; where the same entry with the
-        same value acts as at an earlier checkpoint, so is the answer. Both hold exactly, since a route decides all
-        that a memory editor does. Editors without a router are asked everything.
-        """
-        known = {i: self.base[i] for i, route in zip(chosen, routes, strict=True) if route and not route.matched}
-        for i, route in zip(chosen, routes, strict=True):
-            earlier = self.answered.get(i)
-            if route and route.matched and earlier and earlier[0] == (route.entry, route.version):
-                known[i] = earlier[1]
-        asking = [i for i in chosen if i not in known]
-        advance(len(known))
-        known |= dict(zip(asking, self.examiner.ask([questions[i] for i in asking], advance), strict=True))
-        for i, route in zip(chosen, routes, strict=True):
-            if route and route.matched:
-                self.answered[i] = ((route.entry, route.version), known[i])
-        return [known[i] for i in chosen]
-
-
-def exam_of(
-    protocol: str,
-    config: Config,
-    loaded: LoadedModel,
-    questions: Mapping[int, Question],
-    *,
-    progress: Progress,
-) -> Exam:
-    """The exam of a protocol: the unedited model is asked what earlier runs did not ask it.
+    Where no entry of a memory acts, the edited model is the base model, whose prediction is known; where the same entry
+    with the same value acts as at an earlier checkpoint, so is the prediction. Both hold exactly, since a route decides
+    all that a memory editor does. For editors without a router the model is run on every probe.
 
     Args:
-        protocol: its name.
-        config: of the run.
-        loaded: the unedited model.
-        questions: what this protocol asks, by position among the run's questions.
-        progress: where a bar is shown.
+        evaluator: runs the model.
+        base: the unedited model's predictions, which some scores and every row compare with.
+        reuse: take over what routes imply; False runs the model on every probe.
     """
-    examiner = _examiner(protocol, config, loaded)
-    cache = Path(config["results_dir"]) / "base_answers" / f"{_cache_name(config, loaded, examiner)}.json"
-    answers = _base_answers(cache, examiner, [*questions.values()], progress)
-    return Exam(examiner, dict(zip(questions, answers, strict=True)))
+
+    def __init__(self, evaluator: Evaluator, base: Mapping[CaseProbe, Prediction], *, reuse: bool = True) -> None:
+        self.evaluator = evaluator
+        self._base = base
+        self._reuse = reuse
+        self._by_entry: dict[CaseProbe, tuple[Route, Prediction]] = {}
+
+    def base(self, probes: Sequence[CaseProbe]) -> list[Prediction]:
+        """What the unedited model predicts, in the order of the probes."""
+        return [self._base[probe] for probe in probes]
+
+    def predict(
+        self, probes: Sequence[CaseProbe], routes: Sequence[Route | None], advance: Advance = lambda _: None
+    ) -> list[Prediction]:
+        """The edited model's predictions, in the order of the probes.
+
+        Args:
+            probes: what to predict.
+            routes: what the editor's router decides for each of their prompts; None where there is no router.
+            advance: called with the number of probes that are done since the last call.
+        """
+        known = [self._known(probe, route) for probe, route in zip(probes, routes, strict=True)]
+        unknown = [probe for probe, prediction in zip(probes, known, strict=True) if prediction is None]
+        advance(len(probes) - len(unknown))
+        new = iter(self.evaluator.predict(unknown, advance))
+        predictions = [next(new) if prediction is None else prediction for prediction in known]
+        for probe, route, prediction in zip(probes, routes, predictions, strict=True):
+            if route and route.matched:
+                self._by_entry[probe] = (route, prediction)
+        return predictions
+
+    def _known(self, probe: CaseProbe, route: Route | None) -> Prediction | None:
+        if not self._reuse or route is None:
+            return None
+        if not route.matched:
+            return self._base[probe]
+        earlier, prediction = self._by_entry.get(probe, (None, None))
+        same = earlier is not None and (earlier.entry, earlier.version) == (route.entry, route.version)
+        return prediction if same else None
 
 
-def _examiner(name: str, config: Config, loaded: LoadedModel) -> Examiner:
-    """Who asks under the protocol of a name."""
-    size = config["batch_size"]
-    if name != "text":
-        protocol = protocol_of(name, editor_class(config).release_mode)
-        return TokenExaminer(model=loaded.model, tokenizer=loaded.tokenizer, batch_size=size, protocol=protocol)
-    text = config["text"]
-    chosen = [(MiniLmCosine, text["minilm"]), (BertScoreF1, text["bert_score"])]
-    judge = TextJudge([kind(model, free_device(loaded.model.device.type), size) for kind, model in chosen if model])
-    return TextExaminer(
-        model=loaded.model,
-        tokenizer=loaded.tokenizer,
-        batch_size=size,
-        judge=judge,
-        max_new_tokens=text["max_new_tokens"],
-    )
+def base_predictions(
+    evaluator: Evaluator, probes: Sequence[CaseProbe], file: Path, bars: Bars
+) -> dict[CaseProbe, Prediction]:
+    """What the unedited model predicts; it is run on what earlier runs did not leave in a file, which is added there.
 
-
-def _cache_name(config: Config, loaded: LoadedModel, examiner: Examiner) -> str:
-    name = f"{loaded.fingerprint}-{examiner.cache_name}"
-    return name if config["template"] == "none" else f"{name}-chat"
-
-
-def _base_answers(cache: Path, examiner: Examiner, questions: Sequence[Question], progress: Progress) -> list[Answer]:
-    def ask(missing: list[int]) -> list[dict[str, list[int]]]:
-        task = progress.add_task("asking the base model", total=len(missing), unit="questions")
-        answers = examiner.ask([questions[i] for i in missing], lambda n: progress.advance(task, n))
-        return [{"ids": list(answer.ids), "scored_ids": list(answer.scored_ids)} for answer in answers]
-
-    found = cached_answers(cache, [question.key for question in questions], ask)
-    return [Answer(tuple(one["ids"]), tuple(one["scored_ids"])) for one in found]
-
-
-def inference_ms(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question]) -> float:
-    """Milliseconds that a model takes for one question, decoding greedily without a batch; NaN without a question.
-
-    Every method is timed by this: the first `_TIMED_QUESTIONS`, the tokens of each answer, at most `_TIMED_TOKENS`.
+    Args:
+        evaluator: of the model, which is still unedited.
+        probes: what to predict.
+        file: JSON; need not be there.
+        bars: where progress is shown.
     """
-    questions = questions[:_TIMED_QUESTIONS]
-    if not questions:
-        return float("nan")
-    prompts = encode_prompts(tokenizer, [question.prompt for question in questions])
-    answers = encode_continuations(tokenizer, [question.answer for question in questions])
-    lengths = [min(len(ids), _TIMED_TOKENS) for ids in answers]
-    with torch.no_grad():
-        greedy_decode(model, prompts[:1], lengths[:1], pad_id_of(tokenizer))  # the first call sets things up
-        seconds = Stopwatch()
-        for prompt, n_tokens in zip(prompts, lengths, strict=True):
-            greedy_decode(model, [prompt], [n_tokens], pad_id_of(tokenizer))
-    return 1000 * seconds.elapsed() / len(questions)
+
+    def predict(missing: list[int]) -> list[dict[str, list[int]]]:
+        advance = bars.bar("evaluating the base model", len(missing), "probes")
+        predictions = evaluator.predict([probes[i] for i in missing], advance)
+        return [{"ids": list(new.ids), "scored_ids": list(new.scored_ids)} for new in predictions]
+
+    stored = stored_predictions(file, [probe.key for probe in probes], predict)
+    return {
+        probe: Prediction(tuple(ids["ids"]), tuple(ids["scored_ids"]))
+        for probe, ids in zip(probes, stored, strict=True)
+    }

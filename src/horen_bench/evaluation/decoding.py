@@ -1,11 +1,16 @@
-"""Greedy decoding of many prompts at once."""
+"""Greedy decoding of many prompts at once, and how long it takes."""
 
 from collections.abc import Collection, Sequence
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from horen_bench.prompts import pad
+from horen_bench.evaluation.probes import CaseProbe
+from horen_bench.profiling import Stopwatch
+from horen_bench.prompts import PromptEncoder, pad
+
+# What is timed, on every model alike; ours.
+_TIMED_PROBES, _TIMED_TOKENS = 20, 8
 
 
 def greedy_decode(
@@ -17,13 +22,13 @@ def greedy_decode(
 ) -> list[list[int]]:
     """Argmax continuations of token id prompts, batched with a KV cache.
 
-    A row leaves the batch when it has its tokens or said one of `stop`, so how long it is decoded depends on the row
-    alone, and rows of one batch do not influence each other. Without `stop` EOS is a token like any other.
+    A row leaves the batch when it has its tokens or ends in one of `stop`, so how long it is decoded depends on the
+    row alone, and rows of one batch do not influence each other. Without `stop` EOS is a token like any other.
 
     Args:
         model: the model.
         prompts: `B` rows of token ids.
-        n_tokens: new tokens wanted per row, at least 1 each.
+        n_tokens: new tokens per row, at least 1 each.
         pad_id: fills the padding.
         stop: ids that end a row.
 
@@ -47,9 +52,27 @@ def greedy_decode(
             return rows
         if len(kept) < len(going):
             going = [going[i] for i in kept]
-            chosen = torch.tensor(kept, device=new.device)
-            cache.batch_select_indices(chosen)
-            mask, positions, new = mask[chosen], positions[chosen], new[chosen]
+            staying = torch.tensor(kept, device=new.device)
+            cache.batch_select_indices(staying)
+            mask, positions, new = mask[staying], positions[staying], new[staying]
         tokens = new[:, None]
         mask = torch.cat([mask, mask.new_ones((mask.shape[0], 1))], dim=1)
         positions = positions[:, -1:] + 1
+
+
+@torch.no_grad()
+def inference_ms(model: PreTrainedModel, encoder: PromptEncoder, probes: Sequence[CaseProbe]) -> float:
+    """Milliseconds that a model takes for one probe, decoding greedily without a batch; NaN without a probe.
+
+    Every method is timed by this: the first `_TIMED_PROBES`, the tokens of each answer, at most `_TIMED_TOKENS`.
+    """
+    probes = probes[:_TIMED_PROBES]
+    if not probes:
+        return float("nan")
+    prompts = encoder.prompts([probe.prompt for probe in probes])
+    lengths = [min(len(ids), _TIMED_TOKENS) for ids in encoder.continuations([probe.answer for probe in probes])]
+    greedy_decode(model, prompts[:1], lengths[:1], encoder.pad_id)  # the first call sets things up
+    seconds = Stopwatch()
+    for prompt, n_tokens in zip(prompts, lengths, strict=True):
+        greedy_decode(model, [prompt], [n_tokens], encoder.pad_id)
+    return 1000 * seconds.elapsed() / len(probes)

@@ -1,80 +1,101 @@
-"""What all protocols share: questions in, answers and scores out."""
+"""What all protocols share: probes in, predictions and scores out."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
-from horen_bench.evaluation.probes import Question
+from horen_bench.evaluation.probes import CaseProbe
+from horen_bench.prompts import PromptEncoder
 
-Progress = Callable[[int], None]
+Advance = Callable[[int], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
-    """What a model said: the ids that locality compares, and those that are scored against an answer."""
+class Prediction:
+    """What a model predicts: the ids that locality compares, and those that are scored against an answer."""
 
     ids: tuple[int, ...]
     scored_ids: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Examiner(ABC):
-    """Asks questions of one model under one protocol, in batches sorted by length.
+class Evaluator(ABC):
+    """Evaluates one model under one protocol, in batches sorted by length.
 
     Attributes:
         model: the model, edited or not.
-        tokenizer: its tokenizer.
+        encoder: turns prompts into its token ids.
         batch_size: prompts per forward pass.
     """
 
     model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
+    encoder: PromptEncoder
     batch_size: int = 64
+    _fitting: list[int] = field(default_factory=list, init=False, repr=False)  # batch sizes after memory ran out
 
     @property
     @abstractmethod
     def cache_name(self) -> str:
-        """Names the base model's answers, which depend on nothing else here."""
+        """Names the base model's predictions, which depend on nothing else here."""
 
     @torch.no_grad()
-    def ask(self, questions: Sequence[Question], progress: Progress = lambda _: None) -> list[Answer]:
-        """The model's answers, in the order of the questions.
+    def predict(self, probes: Sequence[CaseProbe], advance: Advance = lambda _: None) -> list[Prediction]:
+        """The model's predictions, in the order of the probes.
+
+        Where the device's memory does not do for a batch, it is halved, and stays so.
 
         Args:
-            questions: what to ask.
-            progress: called with the number of questions answered since the last call.
+            probes: what to predict.
+            advance: called with the number of probes that are done since the last call.
         """
-        order = sorted(range(len(questions)), key=lambda i: len(questions[i].prompt))
-        answers: dict[int, Answer] = {}
-        for start in range(0, len(order), self.batch_size):
-            chosen = order[start : start + self.batch_size]
-            answers.update(zip(chosen, self.ask_batch([questions[i] for i in chosen]), strict=True))
-            progress(len(chosen))
-        return [answers[i] for i in range(len(questions))]
+        order = sorted(range(len(probes)), key=lambda i: len(probes[i].prompt))
+        predictions: dict[int, Prediction] = {}
+        while len(predictions) < len(order):
+            batch = order[len(predictions) : len(predictions) + self._size()]
+            try:
+                fresh = self.predict_batch([probes[i] for i in batch])
+            except torch.OutOfMemoryError:
+                if len(batch) == 1:
+                    raise
+                self._fitting.append(len(batch) // 2)
+            else:
+                predictions.update(zip(batch, fresh, strict=True))
+                advance(len(batch))
+                continue
+            torch.cuda.empty_cache()  # behind the handler, whose traceback would keep what the batch held
+        return [predictions[i] for i in range(len(probes))]
+
+    def _size(self) -> int:
+        """Prompts per forward pass, as far as is known."""
+        return self._fitting[-1] if self._fitting else self.batch_size
 
     @abstractmethod
-    def ask_batch(self, questions: Sequence[Question]) -> list[Answer]:
-        """The model's answers to questions that fit one batch."""
+    def predict_batch(self, probes: Sequence[CaseProbe]) -> list[Prediction]:
+        """The model's predictions for probes that fit one batch."""
 
     @abstractmethod
     def scores(
-        self, questions: Sequence[Question], answers: Sequence[Answer], base: Sequence[Answer]
+        self, probes: Sequence[CaseProbe], predictions: Sequence[Prediction], base: Sequence[Prediction]
     ) -> list[dict[str, float]]:
-        """Scores of each answer by name, the same names for every question; "" is the score of a protocol's own.
+        """Scores of each prediction by name, the same names for every probe; "" is the score of a protocol's own.
 
         Args:
-            questions: what was asked.
-            answers: of the model in question.
-            base: of the unedited model, the reference of some questions.
+            probes: what was predicted.
+            predictions: of the evaluated model.
+            base: of the unedited model, the reference of some probes.
         """
 
     @abstractmethod
-    def text(self, answer: Answer) -> str:
-        """An answer as text."""
+    def text(self, prediction: Prediction) -> str:
+        """A prediction as text."""
 
     def warnings(self) -> list[str]:
-        """Sentences that whoever reads the scores must know."""
-        return []
+        """Sentences that whoever reads the scores must know: that batches were smaller than set."""
+        if not self._fitting:
+            return []
+        return [
+            f"memory ran out: probes were evaluated {self._size()} at a time instead of batch_size={self.batch_size}"
+        ]

@@ -8,17 +8,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from horen_bench.evaluation.decoding import greedy_decode
-from horen_bench.evaluation.evaluator import Answer, Examiner
-from horen_bench.evaluation.probes import Question
+from horen_bench.evaluation.evaluator import Evaluator, Prediction
+from horen_bench.evaluation.probes import CaseProbe
 from horen_bench.metrics.similarity import Similarity
 from horen_bench.metrics.text_scores import Standard, word_scores
 from horen_bench.models.architecture import context_length
-from horen_bench.prompts import encode_prompts, pad_id_of
 
 Pair = tuple[str, str]
 
 
-class TextJudge:
+class TextScorer:
     """All scores of a text against a reference; a pair is scored once, however often it comes back.
 
     Args:
@@ -37,26 +36,26 @@ class TextJudge:
         for pair in new:
             self._known[pair] = word_scores(*pair, self._standard)
         for similarity in self._similarities:
-            scores = similarity([said for said, _ in new], [wanted for _, wanted in new]) if new else []
+            scores = similarity([text for text, _ in new], [reference for _, reference in new]) if new else []
             for pair, score in zip(new, scores, strict=True):
                 self._known[pair][similarity.name] = score
         return [self._known[pair] for pair in pairs]
 
     def warnings(self) -> list[str]:
         """Why a score is missing."""
-        return [one.problem for one in self._similarities if one.problem]
+        return [similarity.problem for similarity in self._similarities if similarity.problem]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TextExaminer(Examiner):
-    """Lets the model write, and has what it wrote judged.
+class LongFormEvaluator(Evaluator):
+    """Lets the model write, and scores what it wrote.
 
     Attributes:
-        judge: gives the scores.
+        scorer: gives the scores.
         max_new_tokens: longest answer.
     """
 
-    judge: TextJudge
+    scorer: TextScorer
     max_new_tokens: int
     _texts: dict[tuple[int, ...], str] = field(default_factory=dict, init=False, repr=False)
 
@@ -65,41 +64,41 @@ class TextExaminer(Examiner):
         """The protocol, with the longest answer."""
         return f"text-{self.max_new_tokens}"
 
-    def ask_batch(self, questions: Sequence[Question]) -> list[Answer]:
-        """Answers up to EOS; where a prompt leaves no room in the context, an empty one."""
-        prompts = encode_prompts(self.tokenizer, [question.prompt for question in questions])
+    def predict_batch(self, probes: Sequence[CaseProbe]) -> list[Prediction]:
+        """What the model writes up to EOS; where a prompt leaves no room in the context, nothing."""
+        prompts = self.encoder.prompts([probe.prompt for probe in probes])
         room = [self._room(len(prompt)) for prompt in prompts]
-        asked = [i for i, n_tokens in enumerate(room) if n_tokens > 0]
-        eos = self.tokenizer.eos_token_id
+        fitting = [i for i, n_tokens in enumerate(room) if n_tokens > 0]
+        eos = self.encoder.tokenizer.eos_token_id
         stop = () if eos is None else (int(eos),)
-        answers = [Answer((), ())] * len(prompts)
-        if asked:
-            chosen, lengths = [prompts[i] for i in asked], [room[i] for i in asked]
-            rows = greedy_decode(self.model, chosen, lengths, pad_id_of(self.tokenizer), stop)
-            for i, row in zip(asked, rows, strict=True):
-                answers[i] = Answer(tuple(row[:-1] if row[-1] in stop else row), ())
-        return answers
+        predictions = [Prediction((), ())] * len(prompts)
+        if fitting:
+            lengths = [room[i] for i in fitting]
+            rows = greedy_decode(self.model, [prompts[i] for i in fitting], lengths, self.encoder.pad_id, stop)
+            for i, row in zip(fitting, rows, strict=True):
+                predictions[i] = Prediction(tuple(row[:-1] if row[-1] in stop else row), ())
+        return predictions
 
     def scores(
-        self, questions: Sequence[Question], answers: Sequence[Answer], base: Sequence[Answer]
+        self, probes: Sequence[CaseProbe], predictions: Sequence[Prediction], base: Sequence[Prediction]
     ) -> list[dict[str, float]]:
-        """What the judge says, scored in one batch."""
+        """What the scorer gives, in one batch."""
         pairs = [
-            (self.text(answer), self.text(before) if question.reference == "base" else question.answer)
-            for question, answer, before in zip(questions, answers, base, strict=True)
+            (self.text(prediction), self.text(before) if probe.reference == "base" else probe.answer)
+            for probe, prediction, before in zip(probes, predictions, base, strict=True)
         ]
-        return self.judge(pairs)
+        return self.scorer(pairs)
 
-    def text(self, answer: Answer) -> str:
+    def text(self, prediction: Prediction) -> str:
         """What was written, without special tokens and the white space around it."""
-        if answer.ids not in self._texts:
-            text = str(self.tokenizer.decode(list(answer.ids), skip_special_tokens=True)).strip()
-            self._texts[answer.ids] = text
-        return self._texts[answer.ids]
+        if prediction.ids not in self._texts:
+            text = str(self.encoder.tokenizer.decode(list(prediction.ids), skip_special_tokens=True)).strip()
+            self._texts[prediction.ids] = text
+        return self._texts[prediction.ids]
 
     def warnings(self) -> list[str]:
-        """Why a score is missing."""
-        return self.judge.warnings()
+        """Why a score is missing, and that batches were smaller than set."""
+        return [*Evaluator.warnings(self), *self.scorer.warnings()]
 
     def _room(self, n_prompt: int) -> int:
         """New tokens that a prompt of so many leaves room for."""

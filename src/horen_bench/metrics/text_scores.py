@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 
 class Overlap(NamedTuple):
-    """Shares of the reference that an answer has (recall) and of the answer that the reference has (precision)."""
+    """Shares of the reference that a text has (recall) and of the text that the reference has (precision)."""
 
     recall: float
     precision: float
@@ -22,11 +22,11 @@ class Overlap(NamedTuple):
 
 def bleu1_bp(prediction: str, reference: str) -> float:
     """Clipped unigram precision over words split at white space, times BLEU's brevity penalty; 0 if one is empty."""
-    said, wanted = prediction.split(), reference.split()
-    if not said or not wanted:
+    predicted, expected = prediction.split(), reference.split()
+    if not predicted or not expected:
         return 0.0
-    precision = sum((Counter(said) & Counter(wanted)).values()) / len(said)
-    return precision * min(1.0, math.exp(1 - len(wanted) / len(said)))
+    precision = sum((Counter(predicted) & Counter(expected)).values()) / len(predicted)
+    return precision * min(1.0, math.exp(1 - len(expected) / len(predicted)))
 
 
 def rouge1(prediction: str, reference: str) -> Overlap:
@@ -41,9 +41,9 @@ def rouge2(prediction: str, reference: str) -> Overlap:
 
 def rougeL(prediction: str, reference: str) -> Overlap:  # noqa: N802 - the score's name
     """Words in a longest common subsequence of some sentence of each, as shares of all different words."""
-    said, wanted = _sentences(_as_published(prediction)), _sentences(reference)
-    common = {word for one in wanted for other in said for word in _common_subsequence(one, other)}
-    return _overlap(len(common), len(set(_joined(wanted))), len(set(_joined(said))))
+    predicted, expected = _sentences(_as_published(prediction)), _sentences(reference)
+    common = {word for first in expected for second in predicted for word in _common_subsequence(first, second)}
+    return _overlap(len(common), len(set(_joined(expected))), len(set(_joined(predicted))))
 
 
 def n_words(text: str) -> float:
@@ -63,21 +63,17 @@ class Standard:
 
     def __call__(self, prediction: str, reference: str) -> dict[str, float]:
         """Sentence BLEU-4 (13a tokens, smoothed, in [0, 100]); F1 and recall of ROUGE-1, -2 and -L."""
-        found = {"sacrebleu": float(self._bleu.sentence_score(prediction, [reference]).score)}
+        scores = {"sacrebleu": float(self._bleu.sentence_score(prediction, [reference]).score)}
         for name, score in self._rouge.score(reference, prediction).items():
-            found |= {
-                f"rouge_score_{name}_f1": float(score.fmeasure),
-                f"rouge_score_{name}_recall": float(score.recall),
-            }
-        return found
+            scores[f"rouge_score_{name}_f1"] = float(score.fmeasure)
+            scores[f"rouge_score_{name}_recall"] = float(score.recall)
+        return scores
 
 
 def word_scores(prediction: str, reference: str, standard: Standard) -> dict[str, float]:
     """Every score here, by name."""
-    overlaps = {
-        name: score(prediction, reference)
-        for name, score in (("rouge1", rouge1), ("rouge2", rouge2), ("rougeL", rougeL))
-    }
+    rouge = {"rouge1": rouge1, "rouge2": rouge2, "rougeL": rougeL}
+    overlaps = {name: score(prediction, reference) for name, score in rouge.items()}
     return {
         "bleu1_bp": bleu1_bp(prediction, reference),
         **{f"{name}_recall": overlap.recall for name, overlap in overlaps.items()},
@@ -88,7 +84,7 @@ def word_scores(prediction: str, reference: str, standard: Standard) -> dict[str
 
 
 def _as_published(prediction: str) -> str:
-    """The release appends a space to what has none, so that no answer is empty."""
+    """The release appends a space to what has none, so that no text is empty."""
     return prediction if " " in prediction else f"{prediction} "
 
 
@@ -102,16 +98,16 @@ def _joined(sentences: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _rouge_n(prediction: str, reference: str, n: int) -> Overlap:
-    said, wanted = (_ngrams(_joined(_sentences(text)), n) for text in (_as_published(prediction), reference))
-    return _overlap(len(said & wanted), len(wanted), len(said))
+    predicted, expected = (_ngrams(_joined(_sentences(text)), n) for text in (_as_published(prediction), reference))
+    return _overlap(len(predicted & expected), len(expected), len(predicted))
 
 
 def _ngrams(words: Sequence[str], n: int) -> set[tuple[str, ...]]:
     return {tuple(words[i : i + n]) for i in range(len(words) - n + 1)}
 
 
-def _overlap(common: int, wanted: int, said: int) -> Overlap:
-    return Overlap(common / wanted if wanted else 0.0, common / said if said else 0.0)
+def _overlap(common: int, expected: int, predicted: int) -> Overlap:
+    return Overlap(common / expected if expected else 0.0, common / predicted if predicted else 0.0)
 
 
 def _common_subsequence(first: Sequence[str], second: Sequence[str]) -> set[str]:
@@ -121,14 +117,14 @@ def _common_subsequence(first: Sequence[str], second: Sequence[str]) -> set[str]
         above, row = lengths[i], lengths[i + 1]
         for j, other in enumerate(second):
             row[j + 1] = above[j] + 1 if word == other else max(above[j + 1], row[j])
-    found: set[str] = set()
+    common: set[str] = set()
     i, j = len(first), len(second)
     while i and j:
         if first[i - 1] == second[j - 1]:
             i, j = i - 1, j - 1
-            found.add(first[i])
+            common.add(first[i])
         elif lengths[i - 1][j] > lengths[i][j - 1]:
             i -= 1
         else:
             j -= 1
-    return found
+    return common

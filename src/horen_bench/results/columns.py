@@ -1,15 +1,15 @@
-"""How scores, costs and families of questions are printed."""
+"""How scores, costs and families of probes are printed."""
 
 MAIN = {"rel": "Rel", "gen": "Gen", "loc": "Loc", "op": "OP"}
 COSTS = {
     "edits_per_second": "edits per second",
     "edit_seconds": "seconds in the editor so far",
-    "eval_seconds": "seconds of questioning",
-    "inference_ms": "ms per question",
+    "eval_seconds": "seconds of evaluation",
+    "inference_ms": "ms per probe",
     "peak_memory_bytes": "peak memory, bytes",
     "side_parameters": "numbers stored beside the model",
 }
-# The paper's Table 7: scores of whole answers to the edit's own question, to a paraphrase, to questions about parts.
+# The paper's Table 7: scores of whole answers to the edit's own prompt, to a paraphrase, to prompts about parts.
 TEXT_FAMILIES = {"rel": "Original", "gen": "Paraphrase", "sub_question": "Sub-question"}
 TEXT_METRICS = {
     "bleu1_bp": "BLEU",
@@ -20,8 +20,8 @@ TEXT_METRICS = {
     "bert_score": "BERTScore",
 }
 TEXT = {
-    f"{family}_{metric}": f"{question}, {score}"
-    for family, question in TEXT_FAMILIES.items()
+    f"{family}_{metric}": f"{prompt}, {score}"
+    for family, prompt in TEXT_FAMILIES.items()
     for metric, score in TEXT_METRICS.items()
 }
 
@@ -36,7 +36,7 @@ def printed(name: str) -> str:
 
 
 def text_family(name: str) -> str:
-    """The family of questions that a text score is about; "" for the other scores."""
+    """The family of probes that a text score is about; "" for the other scores."""
     return next((family for family in TEXT_FAMILIES if name.startswith(f"{family}_")), "")
 
 

@@ -1,11 +1,11 @@
 """Run directories: what a run wrote down, in files that are whole at every moment.
 
 A run is a stream of edits into one model by one method; its identity does not depend on how far the stream went or
-on how the model was questioned, so N = 100 and N = 1000 of the same stream, under any protocol, share a directory:
+on how the model was evaluated, so N = 100 and N = 1000 of the same stream, under any protocol, share a directory:
 
     <results_dir>/runs/<model>-<method>-<dataset>-<identity>/
         config.yaml          the resolved configuration
-        environment.json     versions, device, commit
+        environment.json     schema of these files, versions, device, commit
         stream.json          ids of the cases in order, and their hash
         checkpoints.csv      one row per checkpoint and protocol
         cases.parquet/       one file per checkpoint and protocol, one row per case
@@ -22,40 +22,53 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from zipfile import BadZipFile, ZipFile
 
 import pandas as pd
 from filelock import FileLock, Timeout
+from omegaconf import OmegaConf
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
 
+from horen_bench.config.schema import Component, RunConfig
 from horen_bench.errors import UserError
 from horen_bench.results.atomic import replacing, unwritable, write_text
 
-# Two processes that agree on these go on with one run; n, protocol, paths, device and the like may differ.
-_LASTING = ("method", "locality", "eval_cases", "seed")
-# The rest of a model's file reaches a run only through what the method interpolates from it.
-_LASTING_OF_MODEL = ("name", "hub_id", "revision", "dtype")
-# Where a data file lies says nothing; what it holds is compared by the hash of the cases in each row.
-_PATHS = ("path", "paths", "train_path")
+if TYPE_CHECKING:
+    from torch import Tensor
 
-# Settings that came later: a run that has the value it always had keeps its identity.
-_IMPLIED = {"template": "none", "text.max_new_tokens": 512}
+SCHEMA = 2  # of the files below; one more whenever they cannot be read as before
+
+# The rest of a model's file reaches a run only through what the method interpolates from it.
+_LASTING_OF_MODEL = {"name", "hub_id", "revision", "dtype"}
 
 _LOCK = ".lock"
 
 
-def identity(config: Mapping[str, Any]) -> str:
-    """Ten hex digits that name a run: a hash of its resolved configuration without the volatile parts."""
-    lasting = {key: config[key] for key in _LASTING}
-    if "statistics" in config["method"]:
-        lasting["method"] = {**config["method"], "statistics": _lasting_statistics(config["method"]["statistics"])}
-    lasting["dataset"] = {key: value for key, value in config["dataset"].items() if key not in (*_PATHS, "protocol")}
-    lasting["model"] = {key: config["model"][key] for key in _LASTING_OF_MODEL}
-    lasting |= {name: value for name, usual in _IMPLIED.items() if (value := _dotted(config, name, usual)) != usual}
+def identity(config: RunConfig) -> str:
+    """Ten hex digits that name a run: a hash of everything in its configuration that can change its numbers.
+
+    Two processes that agree on it go on with one run; n, protocol, paths, device and the like may differ.
+    """
+    lasting = {
+        "model": config.model.model_dump(include=_LASTING_OF_MODEL),
+        "method": _lasting(config.method),
+        "dataset": _lasting(config.dataset),
+        "locality": config.locality,
+        "eval_cases": config.eval_cases,
+        "seed": config.seed,
+        "template": config.template,
+        "text.max_new_tokens": config.text.max_new_tokens,
+    }
     return hashlib.sha256(json.dumps(lasting, sort_keys=True).encode()).hexdigest()[:10]
+
+
+def _lasting(part: Component) -> dict[str, Any]:
+    """A part's class and lasting settings; of second moments it does not count where they are kept, only the rest."""
+    lasting = {"_target_": f"{type(part).__module__}.{type(part).__qualname__}", **part.lasting()}
+    if statistics := lasting.get("statistics"):
+        lasting["statistics"] = _lasting_statistics(statistics)
+    return lasting
 
 
 def _lasting_statistics(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -76,15 +89,9 @@ def _checksums(archive: Path) -> list[int]:
         raise UserError(f"method.statistics.published: {archive} cannot be read ({error})") from error
 
 
-def run_directory(config: Mapping[str, Any]) -> Path:
-    """Where the run of a resolved configuration is kept."""
-    names = [config[part]["name"] for part in ("model", "method", "dataset")]
-    return Path(config["results_dir"]) / "runs" / "-".join([*names, identity(config)])
-
-
-def _dotted(config: Mapping[str, Any], name: str, usual: Any) -> Any:
-    part, _, key = name.rpartition(".")
-    return (config.get(part, {}) if part else config).get(key, usual)
+def run_directory(config: RunConfig) -> Path:
+    """Where the run of a configuration is kept."""
+    return Path(config.results_dir) / "runs" / "-".join([*config.names().values(), identity(config)])
 
 
 class RunStore:
@@ -99,6 +106,7 @@ class RunStore:
         self._checkpoints = path / "checkpoints.csv"
         self._cases = path / "cases.parquet"
         self._state = path / "state" / "stream.safetensors"
+        self._environment = path / "environment.json"
         self._failure = path / "failure.txt"
 
     @contextmanager
@@ -132,11 +140,37 @@ class RunStore:
                 continue
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
-    def describe(self, config: str, environment: Mapping[str, Any], stream: Mapping[str, Any]) -> None:
-        """Write `config.yaml`, `environment.json` and `stream.json`."""
-        write_text(self.path / "config.yaml", config)
-        write_text(self.path / "environment.json", json.dumps(environment, indent=2) + "\n")
+    def describe(self, config: RunConfig, environment: Mapping[str, Any], stream: Mapping[str, Any]) -> None:
+        """Write `config.yaml`, `environment.json` with the schema, and `stream.json`."""
+        write_text(self.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(config.plain())))
+        write_text(self._environment, json.dumps({"schema": SCHEMA, **environment}, indent=2) + "\n")
         write_text(self.path / "stream.json", json.dumps(stream) + "\n")
+
+    def check_schema(self) -> None:
+        """See that what is stored can be gone on with.
+
+        Raises:
+            UserError: another version of the program wrote it.
+        """
+        if self._checkpoints.exists() or self._state.exists():
+            try:
+                schema = json.loads(self._environment.read_text(encoding="utf-8"))["schema"]
+            except (OSError, ValueError, KeyError, TypeError):
+                schema = None
+            self._check_schema(schema)
+
+    def _check_schema(self, schema: object) -> None:
+        if str(schema) != str(SCHEMA):
+            raise self.made_with(
+                f"another version of the program (schema {'none' if schema is None else schema}, now {SCHEMA})"
+            )
+
+    def made_with(self, other: str) -> UserError:
+        """The sentence about a run that cannot be gone on with, because it was made with something else."""
+        return UserError(
+            f"{self.path} was made with {other}; start again with force=true, or keep it by choosing another "
+            "results_dir="
+        )
 
     # --- Failures --------------------------------------------------------------------------------------
 
@@ -195,29 +229,33 @@ class RunStore:
 
     # --- State -----------------------------------------------------------------------------------------
 
-    def save_state(self, tensors: Mapping[str, Tensor], progress: Mapping[str, Any]) -> None:
+    def save_state(self, tensors: Mapping[str, "Tensor"], progress: Mapping[str, Any]) -> None:
         """Write where the stream stands, as one file.
 
         Args:
             tensors: the editor's state.
             progress: plain values (JSON).
         """
+        from safetensors.torch import save_file  # noqa: PLC0415 - imports torch, which reading rows does not need
+
         contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         with replacing(self._state) as temporary:
-            save_file(contiguous, temporary, metadata={"progress": json.dumps(progress)})
+            save_file(contiguous, temporary, metadata={"schema": str(SCHEMA), "progress": json.dumps(progress)})
 
-    def load_state(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    def load_state(self) -> tuple[dict[str, "Tensor"], dict[str, Any]] | None:
         """What `save_state` wrote last, or None.
 
         Raises:
-            UserError: the file is damaged.
+            UserError: the file is damaged, or another version of the program wrote it.
         """
         if not self._state.exists():
             return None
         try:
             with safe_open(self._state, framework="pt") as file:
+                metadata = file.metadata() or {}
+                self._check_schema(metadata.get("schema"))
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-                progress: dict[str, Any] = json.loads(file.metadata()["progress"])
+                progress: dict[str, Any] = json.loads(metadata["progress"])
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise UserError(f"{self._state} is damaged ({error}); start the run again with force=true") from error
         return tensors, progress
@@ -230,35 +268,35 @@ def _place(row: Mapping[str, Any]) -> tuple[str, int]:
 
 def in_a_sentence(error: Exception) -> str:
     """What an error says, in one line; of an error of the program also its kind."""
-    said = " ".join(str(error).split())
-    return said if isinstance(error, UserError) else f"{type(error).__name__}: {said}"
+    message = " ".join(str(error).split())
+    return message if isinstance(error, UserError) else f"{type(error).__name__}: {message}"
 
 
-# --- What the base model answers ---------------------------------------------------------------------------
+# --- What the base model predicts --------------------------------------------------------------------------
 
 
-def cached_answers(
-    path: Path, keys: Sequence[str], answer: Callable[[list[int]], list[dict[str, list[int]]]]
+def stored_predictions(
+    path: Path, keys: Sequence[str], predict: Callable[[list[int]], list[dict[str, list[int]]]]
 ) -> list[dict[str, list[int]]]:
-    """Look answers up by key; ask for those that the file lacks, and add them to it.
+    """Look predictions up by key; make those that the file lacks, and add them to it.
 
     Args:
-        path: a JSON file of earlier answers, or where it shall be.
-        keys: one per question.
-        answer: called with the positions of the missing questions; token ids by name for each.
+        path: a JSON file of earlier predictions, or where it shall be.
+        keys: one per probe.
+        predict: called with the positions of the missing probes; token ids by name for each.
     """
-    known = _cache(path)
+    known = _predictions_in(path)
     missing = [i for i, key in enumerate(keys) if key not in known]
     if missing:
-        known |= dict(zip((keys[i] for i in missing), answer(missing), strict=True))
-        known = _cache(path) | known  # with what another run has added meanwhile
+        known |= dict(zip((keys[i] for i in missing), predict(missing), strict=True))
+        known = _predictions_in(path) | known  # with what another run has added meanwhile
         write_text(path, json.dumps(known))
     return [known[key] for key in keys]
 
 
-def _cache(path: Path) -> dict[str, dict[str, list[int]]]:
+def _predictions_in(path: Path) -> dict[str, dict[str, list[int]]]:
     try:
         known: dict[str, dict[str, list[int]]] = json.loads(path.read_text())
     except (OSError, ValueError):
-        return {}  # asked again and overwritten
+        return {}  # made again and overwritten
     return known

@@ -1,0 +1,127 @@
+"""A run's evaluation: which probes of a prefix, under which protocol, with which warnings."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+
+from horen_bench.cases import EditCase, Route
+from horen_bench.config.schema import RunConfig
+from horen_bench.datasets.audit import touched_probes
+from horen_bench.evaluation.aggregate import Evaluated, per_probe
+from horen_bench.evaluation.cache import PredictionCache, base_predictions
+from horen_bench.evaluation.evaluator import Evaluator
+from horen_bench.evaluation.long_form import LongFormEvaluator, TextScorer
+from horen_bench.evaluation.probes import CaseProbe, probes_of, sample
+from horen_bench.evaluation.token_match import TokenMatchEvaluator, protocol_of
+from horen_bench.metrics.similarity import BertScoreF1, MiniLmCosine, free_device
+from horen_bench.models.loading import LoadedModel
+from horen_bench.profiling import Stopwatch
+from horen_bench.progress import Bars
+
+
+class CheckpointEvaluation:
+    """Evaluates prefixes of a stream under the protocols of a run.
+
+    Built while the model is unedited, whose predictions are made then.
+
+    Args:
+        config: of the run.
+        loaded: the unedited model; the same object is evaluated later, edited.
+        cases: the stream.
+        checkpoints: protocols by number of edits.
+        bars: where progress is shown.
+
+    Attributes:
+        probes: all that may be evaluated, in case order.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        loaded: LoadedModel,
+        cases: Sequence[EditCase],
+        checkpoints: Mapping[int, Sequence[str]],
+        bars: Bars,
+    ) -> None:
+        self._config = config
+        self._cases = cases
+        self._caches: dict[str, PredictionCache] = {}
+        self.probes = probes_of(cases, sorted(self._sampled(checkpoints)))
+        for protocol in dict.fromkeys(name for names in checkpoints.values() for name in names):
+            probes = self._about(self._sampled(n for n, names in checkpoints.items() if protocol in names))
+            evaluator = evaluator_of(protocol, config, loaded)
+            base = base_predictions(evaluator, probes, _base_file(config, loaded, evaluator), bars)
+            self._caches[protocol] = PredictionCache(evaluator, base, reuse=config.reuse)
+
+    def at(
+        self, n: int, protocol: str, routes_of: Callable[[Sequence[str]], list[Route | None]], bars: Bars
+    ) -> Evaluated:
+        """Evaluate the model, which has the first `n` edits, under a protocol.
+
+        Args:
+            n: number of edits.
+            protocol: its name.
+            routes_of: what the editor's router decides for prompts.
+            bars: where progress is shown.
+        """
+        cache, prefix = self._caches[protocol], self._cases[:n]
+        touched = {(each.case, each.probe.prompt) for each in touched_probes(prefix)}
+        left_out = touched if self._config.locality == "clean" else set()
+        positions = sample(n, self._config.eval_cases, self._config.seed)
+        probes = [probe for probe in self._about(set(positions)) if not _is_locality_of(probe, left_out)]
+        advance = bars.bar(f"evaluating at N={n}, {protocol}", len(probes), "probes")
+        seconds = Stopwatch()
+        routes = routes_of([probe.prompt for probe in probes])
+        predictions = cache.predict(probes, routes, advance)
+        spent = seconds.elapsed()
+        table = per_probe(cache.evaluator, probes, predictions, cache.base(probes), routes)
+        return Evaluated(
+            protocol=protocol,
+            prefix=prefix,
+            positions=positions,
+            probes=table,
+            seconds=spent,
+            n_touched=len(touched),
+            warnings=[*cache.evaluator.warnings(), *self._locality_warnings(n, len(touched))],
+        )
+
+    def _sampled(self, checkpoints: Iterable[int]) -> set[int]:
+        """Positions of the cases that are evaluated at any of the checkpoints."""
+        return {i for n in checkpoints for i in sample(n, self._config.eval_cases, self._config.seed)}
+
+    def _about(self, positions: set[int]) -> list[CaseProbe]:
+        return [probe for probe in self.probes if probe.case in positions]
+
+    def _locality_warnings(self, n: int, n_touched: int) -> list[str]:
+        if not n_touched:
+            return []
+        clean = self._config.locality == "clean"
+        rule = "were left out" if clean else "count in Loc; locality=clean leaves them out"
+        return [f"N={n}: {n_touched} locality probes are touched by another edit and {rule}"]
+
+
+def evaluator_of(protocol: str, config: RunConfig, loaded: LoadedModel) -> Evaluator:
+    """The evaluator of a protocol's name, as a run's configuration has it."""
+    model, encoder, size = loaded.model, loaded.encoder, config.batch_size
+    if protocol != "text":
+        rule = protocol_of(protocol, config.method.release_mode)
+        return TokenMatchEvaluator(model=model, encoder=encoder, batch_size=size, protocol=rule)
+    text, device = config.text, free_device(model.device.type)
+    similarities = [(MiniLmCosine, text.minilm), (BertScoreF1, text.bert_score)]
+    return LongFormEvaluator(
+        model=model,
+        encoder=encoder,
+        batch_size=size,
+        scorer=TextScorer([kind(name, device, size) for kind, name in similarities if name]),
+        max_new_tokens=text.max_new_tokens,
+    )
+
+
+def _base_file(config: RunConfig, loaded: LoadedModel, evaluator: Evaluator) -> Path:
+    """Where predictions of the unedited model are kept for all runs."""
+    chat = "" if config.template == "none" else "-chat"
+    name = f"{loaded.fingerprint}-{evaluator.cache_name}{chat}.json"
+    return Path(config.results_dir) / "base_predictions" / name
+
+
+def _is_locality_of(probe: CaseProbe, probes: set[tuple[int, str]]) -> bool:
+    return probe.family == "loc" and (probe.case, probe.prompt) in probes
