@@ -10,7 +10,7 @@ FIGURES := figure1 figure4 figure5 figure6 figure7 figure8 figure9 figure10 figu
 JOBS ?= 1
 GRID = $(if $(SUITE),suite=$(SUITE)) $(if $(MODELS),model=$(MODELS)) $(ARGS) --jobs $(JOBS)
 
-.PHONY: help setup run test check stress paper $(TABLES) figures $(FIGURES) report format tiny clean
+.PHONY: help setup run test check stress paper $(TABLES) figures $(FIGURES) report gpu format tiny clean
 
 setup: $(READY)
 
@@ -35,7 +35,7 @@ check: setup  ## what CI runs: lint, format, types, tests
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
 
-stress: setup  ## 50,000 edits into the embedded model, questioned every 5,000 on a sample of 2,000 cases; draws the curves
+stress: setup  ## 50,000 edits into the embedded model, evaluated every 5,000 on a sample of 2,000 cases; draws the curves
 	$(BIN)/python -m horen_bench n=50000 eval_cases=2000 results_dir=results/stress \
 		checkpoints=[5000,10000,15000,20000,25000,30000,35000,40000,45000]
 	$(BIN)/python -m horen_bench.results.plots results/stress/runs/* --out results/figures/stress
@@ -43,16 +43,20 @@ stress: setup  ## 50,000 edits into the embedded model, questioned every 5,000 o
 # SUITE=tiny (embedded; the default without weights) or paper; MODELS=qwen25_7b fetches and runs that backbone alone;
 # JOBS=2 does two runs side by side. What is stored is not run again.
 $(TABLES): setup  ## a table of the paper: runs what is missing, prints it, writes it to results/tables
-	$(BIN)/python -m horen_bench.paper.experiments $@ $(GRID)
+	$(BIN)/python -m horen_bench.paper $@ $(GRID)
 
 figures $(FIGURES): setup  ## a figure of the paper, or all: runs what is missing, draws it into results/figures
-	$(BIN)/python -m horen_bench.paper.figures $@ $(GRID)
+	$(BIN)/python -m horen_bench.paper $@ $(GRID)
 
 paper: setup  ## every table and figure
-	$(BIN)/python -m horen_bench.paper.experiments paper $(GRID); status=$$?; $(MAKE) figures && exit $$status
+	$(BIN)/python -m horen_bench.paper paper,figures $(GRID)
 
 report: setup  ## one page about all stored runs, results/report.html; ARGS="results results/stress" takes several folders
 	$(BIN)/python -m horen_bench.report $(ARGS)
+
+# WITH=python3 takes an interpreter that has the dependencies already, and no .venv is made.
+gpu: $(if $(WITH),,setup)  ## measure all that needs a GPU, in under nine minutes, into results/gpu; ARGS=--dry tries it on the CPU
+	$(if $(WITH),PYTHONPATH="$(CURDIR)/src" $(WITH),$(BIN)/python) benchmarks/gpu_suite.py $(ARGS)
 
 format: setup  ## put the code into the form that check wants
 	$(BIN)/ruff check --fix

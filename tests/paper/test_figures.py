@@ -7,15 +7,12 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from horen_bench.paper import figures as draw
-from horen_bench.paper.experiments import Cell, cells, experiments
-from horen_bench.paper.figures import FIGURES, main
-
-
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+from horen_bench.paper import __main__ as command
+from horen_bench.paper import figures
+from horen_bench.paper.__main__ import main
+from horen_bench.paper.estimate import PlannedRun
+from horen_bench.paper.figures import FIGURES
+from horen_bench.paper.grids import Cell, cells, experiments
 
 
 def grid(name: str, *overrides: str) -> list[Cell]:
@@ -26,8 +23,7 @@ def store(cell: Cell, n: int, gen: float = 0.5) -> None:
     """What a run leaves of a checkpoint."""
     scores = {"rel": 1.0, "gen": gen, "loc": 1.0, "op": 0.8, "same_subject": 0.9}
     intervals = {f"{name}_{end}": value for name, value in scores.items() for end in ("low", "high")}
-    names = {part: cell.config[part]["name"] for part in ("model", "method", "dataset")}
-    row: dict[str, Any] = {"n": n, "protocol": "greedy", **names, "seed": 42, "device": "cpu", "items": n}
+    row: dict[str, Any] = {"n": n, "protocol": "greedy", **cell.names, "device": "cpu", "items": n}
     position = {"n": n, "protocol": "greedy", "position": range(n), "rel": 1.0, "gen": gen, "loc": 1.0}
     cell.store.add_checkpoint({**row, **scores, **intervals, "warnings": None}, pd.DataFrame(position))
 
@@ -42,7 +38,7 @@ def stored(names: str, *overrides: str) -> int:
 
 
 def test_every_figure_has_a_grid() -> None:
-    assert {recipe.grid for recipe in FIGURES.values()} <= set(experiments())
+    assert {spec.grid for spec in FIGURES.values()} <= set(experiments())
 
 
 def test_the_figures_along_the_stream_share_their_runs(capsys: pytest.CaptureFixture[str]) -> None:
@@ -68,9 +64,9 @@ def test_the_figures_along_the_stream_share_their_runs(capsys: pytest.CaptureFix
 def test_swept_settings_are_columns(capsys: pytest.CaptureFixture[str]) -> None:
     steps, ratios = ("method.hopfield.alpha=0.1,0.5", "method.hopfield.steps=0,2"), ("method.pooling_ratio=0.3,1.0",)
     for cell in grid("figure10", *steps):
-        store(cell, 500, gen=cell.config["method"]["hopfield"]["steps"] / 10)
+        store(cell, 500, gen=cell.config.method["hopfield"]["steps"] / 10)
     for cell in grid("figure11", *ratios):
-        store(cell, 100, gen=cell.config["method"]["pooling_ratio"])
+        store(cell, 100, gen=cell.config.method["pooling_ratio"])
     assert stored("figure10", *steps) == stored("figure11", *ratios) == 0, capsys.readouterr().err
     columns = ["alpha", "steps", "gen"]
     assert written("figure10")[columns].to_numpy().tolist() == [[a, t, t / 10] for a in (0.1, 0.5) for t in (0, 2)]
@@ -93,7 +89,7 @@ def test_the_ladder_shows_rows_and_where_prompts_lie(capsys: pytest.CaptureFixtu
 def test_the_cost_of_a_query_is_measured_and_needs_no_run(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(draw, "_SIZES", (10, 20))
+    monkeypatch.setattr(figures, "_SIZES", (10, 20))
     assert main(["figure9", "suite=tiny", "device=cpu"]) == 0, capsys.readouterr().err
     assert written("figure9")[["method_label", "entries"]].to_numpy().tolist() == [
         [method, size] for method in ("GRACE", "HoReN") for size in (10, 20)
@@ -103,7 +99,7 @@ def test_the_cost_of_a_query_is_measured_and_needs_no_run(
 
 def test_no_model_is_downloaded_to_be_timed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["figure9", "suite=paper"]) == 2
-    assert "are not on this machine; `python -m horen_bench.paper.experiments table9 model=llama31_8b`" in (
+    assert "are not on this machine; `python -m horen_bench.paper figure9 model=llama31_8b`" in (
         capsys.readouterr().err
     )
 
@@ -111,13 +107,12 @@ def test_no_model_is_downloaded_to_be_timed(capsys: pytest.CaptureFixture[str]) 
 def test_what_is_missing_is_run_before_a_figure_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
     few = "method.pooling_ratio=0.3,1.0"
 
-    def run_grids(arguments: Sequence[str]) -> int:
-        assert arguments == ["figure11", "suite=tiny", few, "--jobs", "2"]
+    def run_missing(runs: Sequence[PlannedRun], _console: object, side_by_side: int) -> None:
+        assert ([planned.config.method["pooling_ratio"] for planned in runs], side_by_side) == ([0.3, 1.0], 2)
         for cell in grid("figure11", few):
             store(cell, 100)
-        return 0
 
-    monkeypatch.setattr(draw, "run_grids", run_grids)
+    monkeypatch.setattr(command, "run_missing", run_missing)
     assert main(["figure11", "suite=tiny", few, "--jobs", "2"]) == 0
     rows = written("figure11")
     assert rows.loc[rows["status"] == "finished", "n"].tolist() == [100, 100]
@@ -141,11 +136,8 @@ def test_several_models_are_not_one_figure(capsys: pytest.CaptureFixture[str]) -
     )
 
 
-def test_a_figure_about_some_methods_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_figure_about_codebooks_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     assert stored("figure9", "method=rome") == 2
-    assert capsys.readouterr().err == "error: this figure is about method=grace,horen; leave method= out\n"
-
-
-def test_an_unknown_figure_is_told_with_those_there_are(capsys: pytest.CaptureFixture[str]) -> None:
-    assert stored("figure2") == 2
-    assert "figure2: there is no such figure; write one of figure1, figure4" in capsys.readouterr().err
+    assert capsys.readouterr().err == (
+        "error: this figure is about methods with a codebook, and method=rome has none; leave method= out\n"
+    )

@@ -10,34 +10,35 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from horen_bench.cases import EditCase, Probe
-from horen_bench.config.compose import composed
-from horen_bench.config.settings import build_editor, resolved
+from horen_bench.config.compose import run_config
 from horen_bench.editors.codebook.editor import CodebookEditor
-from horen_bench.paper.routing import early_scores, query_cost, routing_scores, separation, stage_of
+from horen_bench.paper.figures import early_scores
+from horen_bench.paper.routing import Codebooks, query_cost, routing_scores, separation
 
-Build = Callable[..., CodebookEditor]
+Build = Callable[..., Codebooks]
 
 
 @pytest.fixture
 def build(golden_model: PreTrainedModel, golden_tokenizer: PreTrainedTokenizerBase) -> Build:
     """Builds an editor on the reference model from the configuration."""
 
-    def on_the_reference_model(*overrides: str) -> CodebookEditor:
-        editor = build_editor(resolved(composed(overrides)), golden_model, golden_tokenizer)
+    def on_the_reference_model(*overrides: str) -> Codebooks:
+        config = run_config(overrides)
+        editor = config.method.editor_class()(golden_model, golden_tokenizer, config.method, seed=config.seed)
         assert isinstance(editor, CodebookEditor)
         return editor
 
     return on_the_reference_model
 
 
-def axis(editor: CodebookEditor, *numbers: float) -> Tensor:
+def axis(editor: Codebooks, *numbers: float) -> Tensor:
     """A vector with these first coordinates and zeros behind."""
     vector = torch.zeros(editor.codebook.keys.shape[1])
     vector[: len(numbers)] = torch.tensor(numbers)
     return vector
 
 
-def with_keys(editor: CodebookEditor, *keys: tuple[float, ...]) -> CodebookEditor:
+def with_keys(editor: Codebooks, *keys: tuple[float, ...]) -> Codebooks:
     for key in keys:
         editor.codebook.append(axis(editor, *key), (1,), 1)
     return editor
@@ -91,17 +92,24 @@ def test_grace_measures_a_distance_and_routes_within_its_balls(build: Build) -> 
     assert own["routed"].tolist() == [True, False]
 
 
-def test_grace_on_the_sphere_is_told_as_a_cosine(build: Build) -> None:
+def test_grace_on_the_sphere_is_described_by_a_cosine(build: Build) -> None:
     editor = with_keys(build("method=grace_norm"), (1, 0))
     assert separation(editor, axis(editor, 0.6, 0.8)[None], None)["score"].tolist() == pytest.approx([0.6])
-    assert stage_of(editor) == {"stage": "last 60% pooled", "measure": "cosine", "threshold": 0.5}
+    router = editor.describe_router()
+    assert (router.stage, router.measure, router.threshold) == ("last 60% pooled", "cosine", 0.5)
 
 
 def test_the_keys_are_those_that_the_method_writes(build: Build) -> None:
     """A paraphrase in the edit's own words lies on its key; values are not needed for that."""
     prompt, locality = "Who founded Brightwater?", (Probe("nq question: where is the museum of clocks", "here"),)
     cases = [
-        EditCase("a", prompt, "Lucan Vey", paraphrases=(prompt, "Brightwater was founded by"), locality=locality),
+        EditCase(
+            "a",
+            prompt,
+            "Lucan Vey",
+            paraphrases=(Probe(prompt, "Lucan Vey"), Probe("Brightwater was founded by", "Lucan Vey")),
+            locality=locality,
+        ),
         EditCase("b", "The language of Halvard Bay is", "Norrish", locality=locality),
     ]
     scores = routing_scores(build("method=horen"), cases)

@@ -9,14 +9,13 @@ import pandas as pd
 import pytest
 
 from horen_bench.errors import UserError
+from horen_bench.paper.published import compared, published
 from horen_bench.paper.tables import (
     LAYOUTS,
     Layout,
     absences,
     caption,
-    compared,
     laid_out,
-    published,
     write_audit,
     write_settings,
     write_table,
@@ -55,14 +54,14 @@ def lines(markdown: str) -> list[list[str]]:
 
 def test_each_score_stands_over_its_interval_the_papers_and_the_difference(tmp_path: Path) -> None:
     rows = pd.DataFrame([row("HoReN", 100), row("HoReN", 500, gen=0.8)])
-    told = lines(write_table("table9", rows, tmp_path))
-    assert told[0][3:] == ["", *(f"N = {n}, {s} ↑" for n in (100, 500) for s in ("Rel", "Gen", "Loc", "OP"))]
-    assert told[2][2:8] == ["HoReN", "ours", "0.990", "0.900", "1.000", "0.953"]
-    assert told[3][2:8] == ["", "95 %", "0.97-1.00", "0.88-0.92", "0.98-1.00", "0.93-0.97"]
-    assert told[4][2:8] == ["", "paper", "0.99", "0.88", "1.00", "0.96"]
-    assert told[5][2:8] == ["", "difference", "+0.000", "+0.020", "+0.000", "-0.007"]  # 0.9525 - 0.96, to even
-    assert told[5][9] == "-0.120"  # Gen at N = 500: 0.80 - 0.92
-    assert len(told) == 6
+    cells = lines(write_table("table9", rows, tmp_path))
+    assert cells[0][3:] == ["", *(f"N = {n}, {s} ↑" for n in (100, 500) for s in ("Rel", "Gen", "Loc", "OP"))]
+    assert cells[2][2:8] == ["HoReN", "ours", "0.990", "0.900", "1.000", "0.953"]
+    assert cells[3][2:8] == ["", "95 %", "0.97-1.00", "0.88-0.92", "0.98-1.00", "0.93-0.97"]
+    assert cells[4][2:8] == ["", "paper", "0.99", "0.88", "1.00", "0.96"]
+    assert cells[5][2:8] == ["", "difference", "+0.000", "+0.020", "+0.000", "-0.007"]  # 0.9525 - 0.96, to even
+    assert cells[5][9] == "-0.120"  # Gen at N = 500: 0.80 - 0.92
+    assert len(cells) == 6
 
 
 @pytest.mark.parametrize("table", [name for name in LAYOUTS if name != "table7"])
@@ -70,10 +69,10 @@ def test_every_number_of_the_paper_finds_its_row(table: str) -> None:
     paper = published(table)
     keys = [name for name in ("dataset", "model", "method", "N") if name in paper]
     named = paper.drop_duplicates(keys)[keys].to_dict("records")
-    labels = [{f"{part}_label": one[part] for part in ("dataset", "model") if part in one} for one in named]
+    labels = [{f"{part}_label": keys[part] for part in ("dataset", "model") if part in keys} for keys in named]
     rows = pd.DataFrame(
-        row(one["method"], int(one.get("N", 1000)), **of, cases=None, inference_ms=1.0)
-        for one, of in zip(named, labels, strict=True)
+        row(keys["method"], int(keys.get("N", 1000)), **of, cases=None, inference_ms=1.0)
+        for keys, of in zip(named, labels, strict=True)
     )
     long = compared(rows, paper, LAYOUTS[table].metrics)
     assert long["paper"].notna().sum() == len(paper)
@@ -100,15 +99,15 @@ def test_the_text_tables_columns_of_unknown_n_are_set_beside_ours_in_order(tmp_p
         "rel_bleu1_bp_base": 0.15,
     }
     rows = pd.DataFrame([row(method, n, **text) for n in (50, 200, 500) for method in ("UnKE", "HoReN")])
-    told = lines(write_table("table7", rows, tmp_path))
-    assert told[0][4:] == [f"N = {n}, {method}" for n in (50, 200, 500) for method in ("UnKE", "HoReN")]
-    assert told[2][2:] == ["Original, BLEU ↑", "ours", *["0.200"] * 6]
-    assert told[4][2:] == ["", "unedited", *["0.150"] * 6]
-    assert told[5][2:] == ["", "paper", "0.191", "0.143", "0.202", "0.126", "0.098", "0.117"]
-    assert told[6][2:5] == ["", "difference", "+0.009"]
-    cosine = next(i for i, line in enumerate(told) if line[2] == "Original, MiniLM cosine ↑")
-    assert told[cosine + 1][3:5] == ["paper", "0.713"]  # what the paper calls BERTScore
-    assert ["Paraphrase, ROUGE-L ↑", "ours", *["--"] * 6] in [line[2:] for line in told]
+    cells = lines(write_table("table7", rows, tmp_path))
+    assert cells[0][4:] == [f"N = {n}, {method}" for n in (50, 200, 500) for method in ("UnKE", "HoReN")]
+    assert cells[2][2:] == ["Original, BLEU ↑", "ours", *["0.200"] * 6]
+    assert cells[4][2:] == ["", "unedited", *["0.150"] * 6]
+    assert cells[5][2:] == ["", "paper", "0.191", "0.143", "0.202", "0.126", "0.098", "0.117"]
+    assert cells[6][2:5] == ["", "difference", "+0.009"]
+    cosine = next(i for i, line in enumerate(cells) if line[2] == "Original, MiniLM cosine ↑")
+    assert cells[cosine + 1][3:5] == ["paper", "0.713"]  # what the paper calls BERTScore
+    assert ["Paraphrase, ROUGE-L ↑", "ours", *["--"] * 6] in [line[2:] for line in cells]
 
 
 def test_cost_is_per_edit_and_memory_in_millions(tmp_path: Path) -> None:
@@ -119,10 +118,10 @@ def test_cost_is_per_edit_and_memory_in_millions(tmp_path: Path) -> None:
         "side_values": 500_000,
         "side_modified": 0,
     }
-    told = lines(write_table("table5", pd.DataFrame([row("HoReN", 1000, **cost)]), tmp_path))
-    assert told[2][2:] == ["HoReN", "1000", "ours", "2.000", "110.000", "90.000", "4.000", "0.500", "0.000"]
-    assert told[3][4:] == ["paper", "1670", "100", *["--"] * 4]
-    assert told[4][4:] == ["difference", "-1668.000", "+10.000", *["--"] * 4]
+    cells = lines(write_table("table5", pd.DataFrame([row("HoReN", 1000, **cost)]), tmp_path))
+    assert cells[2][2:] == ["HoReN", "1000", "ours", "2.000", "110.000", "90.000", "4.000", "0.500", "0.000"]
+    assert cells[3][4:] == ["paper", "1670", "100", *["--"] * 4]
+    assert cells[4][4:] == ["difference", "-1668.000", "+10.000", *["--"] * 4]
 
 
 # --- What is missing ---------------------------------------------------------------------------------------
@@ -137,9 +136,9 @@ def test_missing_numbers_are_dashes_beside_the_papers_and_are_explained(tmp_path
         absent("GRACE", 100, "not run", "no weights", model_label="other", command="fetch"),
     ])  # fmt: skip
     markdown = write_table("table9", rows, tmp_path)
-    told = lines(markdown)
-    assert told[7][:8] == ["", "", "", "paper", "1.0", "0.06", "1.0", "0.40"]
-    assert told[6][2:] == ["GRACE", "ours", *["--"] * 8]
+    cells = lines(markdown)
+    assert cells[7][:8] == ["", "", "", "paper", "1.0", "0.06", "1.0", "0.40"]
+    assert cells[6][2:] == ["GRACE", "ours", *["--"] * 8]
     assert "- LLaMA-3.1 8B, GRACE, N = 100, 500: failed: RuntimeError: boom; `do it`" in markdown
     assert "- other, HoReN, GRACE, N = 100: not run: no weights; `fetch`" in markdown
     assert markdown.count("\n- ") == 2
@@ -147,7 +146,7 @@ def test_missing_numbers_are_dashes_beside_the_papers_and_are_explained(tmp_path
 
 def test_a_score_of_zero_is_no_missing_one() -> None:
     long = compared(pd.DataFrame([row("HoReN", 100, rel=0.0)]), published("table9"), {"rel": "Rel ↑"})
-    assert laid_out(long, Layout("x", {"rel": "Rel ↑"})).iloc[0, 0] == "0.000"
+    assert laid_out(long, Layout({"rel": "Rel ↑"})).iloc[0, 0] == "0.000"
 
 
 def test_what_the_runs_say_stands_below_their_table(tmp_path: Path) -> None:
@@ -176,9 +175,9 @@ def test_two_protocols_never_share_a_table(tmp_path: Path) -> None:
 
 def test_the_audit_sets_the_protocols_of_the_same_edits_side_by_side(tmp_path: Path) -> None:
     rows = pd.DataFrame([row("HoReN", 100), row("HoReN", 100, protocol="release", rel=0.5)])
-    told = lines(write_audit(rows, tmp_path))
-    assert told[0][4:6] == ["Rel ↑, greedy", "Rel ↑, release"]
-    assert told[2][4:8] == ["0.990", "0.500 (-0.490)", "0.900", "0.900 (+0.000)"]
+    cells = lines(write_audit(rows, tmp_path))
+    assert cells[0][4:6] == ["Rel ↑, greedy", "Rel ↑, release"]
+    assert cells[2][4:8] == ["0.990", "0.500 (-0.490)", "0.900", "0.900 (+0.000)"]
 
 
 # --- Refusals ----------------------------------------------------------------------------------------------
@@ -206,7 +205,7 @@ def test_rows_about_other_cases_are_refused() -> None:
 def test_a_caption_says_protocol_seed_and_items() -> None:
     rows = pd.DataFrame([row("HoReN", 100), row("HoReN", 10_000, items=2000)])
     text = caption("table4", compared(rows, published("table4"), LAYOUTS["table4"].metrics))
-    assert "Protocol greedy; cases questioned: 100 at N = 100, 2,000 at N = 10,000; seed 42." in text
+    assert "Protocol greedy; cases evaluated: 100 at N = 100, 2,000 at N = 10,000; seed 42." in text
     nothing = compared(pd.DataFrame([absent("HoReN", 100, "not run", "why")]), published("table4"), {"rel": "Rel ↑"})
     assert "nothing of ours yet" in caption("table4", nothing)
     assert absences(nothing) == ["LLaMA-3.1 8B, HoReN, N = 100: not run: why; `do it`"]
@@ -228,6 +227,6 @@ def test_settings_stand_beside_the_papers_under_the_hubs_names(tmp_path: Path) -
     llama = {"model": "LLaMA-3 8B", "hub_id": "meta-llama/Meta-Llama-3-8B-Instruct", "threshold": 0.85}
     tiny = {"model": "tiny", "hub_id": "embedded:tiny", "threshold": 0.8}
     settings = pd.DataFrame([llama | {"pooling_percent": 50.0}, tiny | {"pooling_percent": 60.0}])
-    told = lines(write_settings(settings, tmp_path))
-    assert told[2][:4] == ["LLaMA-3 8B", "0.85", "0.80", "+0.05"]
-    assert told[3] == ["tiny", "0.8", "--", "--", "60", "--", "--"]
+    cells = lines(write_settings(settings, tmp_path))
+    assert cells[2][:4] == ["LLaMA-3 8B", "0.85", "0.80", "+0.05"]
+    assert cells[3] == ["tiny", "0.8", "--", "--", "60", "--", "--"]

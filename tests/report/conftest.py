@@ -48,9 +48,9 @@ def _case(protocol: str, i: int, n: int) -> dict[str, Any]:
     }
     case |= {"prompt": f"Who founded town {i}? {HOSTILE if i == 0 else ''}", "target": f"Founder {i}"}
     case |= {"edit_entry": i, "edit_steps": 12, "edit_loss": 0.0061, "edit_problem": None}
-    case |= {"rel": 1.0 if right else 0.5, "rel_base": 0.0, "rel_answers": [f"answer {i}"]}
+    case |= {"rel": 1.0 if right else 0.5, "rel_base": 0.0, "rel_predictions": [f"answer {i}"]}
     case |= {"rel_entries": [i], "rel_route_scores": [0.97 if acts else 0.5], "rel_matched": [acts]}
-    case |= {"loc": 1.0, "loc_base": 1.0, "loc_answers": ["blue", "red"]}
+    case |= {"loc": 1.0, "loc_base": 1.0, "loc_predictions": ["blue", "red"]}
     return case | {"loc_entries": [None, None], "loc_route_scores": [None, None], "loc_matched": [None, None]}
 
 

@@ -27,7 +27,7 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture
 def page(browser: Browser, runs: list[StoredRun], tmp_path: Path) -> Iterator[Page]:
-    """The page, opened; at the end it has asked for nothing and complained of nothing."""
+    """The page, opened; at the end it has fetched nothing and complained of nothing."""
     file = tmp_path / "report.html"
     file.write_text(report(runs), encoding="utf-8")
     context = browser.new_context(offline=True, viewport={"width": 1000, "height": 800})
@@ -48,8 +48,8 @@ def page(browser: Browser, runs: list[StoredRun], tmp_path: Path) -> Iterator[Pa
 def drawn(page: Page) -> dict[str, str]:
     """The line of each curve, as its SVG has it."""
     groups = page.locator("#chart g[data-curve]")
-    names = groups.evaluate_all("all => all.map(one => one.dataset.curve)")
-    lines = page.locator("#chart .curve").evaluate_all("all => all.map(one => one.getAttribute('points'))")
+    names = groups.evaluate_all("all => all.map(curve => curve.dataset.curve)")
+    lines = page.locator("#chart .curve").evaluate_all("all => all.map(line => line.getAttribute('points'))")
     return dict(zip(names, lines, strict=True))
 
 
@@ -106,7 +106,7 @@ def test_cases_are_filtered_searched_and_paged(page: Page) -> None:
     assert page.locator("#page-number").inner_text() == "page 2 of 5"
 
     page.locator("#case-method").select_option("GRACE")
-    page.get_by_label("Questions").select_option("Rel")
+    page.get_by_label("Probes").select_option("Rel")
     page.get_by_label("Outcome").select_option("wrong")
     assert count().startswith("10 of the 90")
     assert page.locator("#page-number").inner_text() == "page 1 of 1"
@@ -125,8 +125,8 @@ def test_cases_are_filtered_searched_and_paged(page: Page) -> None:
     assert count().startswith("0 of the 90")
 
 
-def test_every_question_of_a_family_has_its_answer(page: Page) -> None:
-    page.get_by_label("Questions").select_option("Loc")
+def test_every_probe_of_a_family_has_its_prediction(page: Page) -> None:
+    page.get_by_label("Probes").select_option("Loc")
     rows = page.locator(".case").first.locator("tbody tr").all_inner_texts()
     assert rows == ["Loc\tblue\t1.000\t1.000\t--", "\tred\t\t\t--"]
 
@@ -139,7 +139,7 @@ def test_hostile_texts_stay_texts(page: Page) -> None:
 
 def test_every_control_has_a_name(page: Page) -> None:
     unnamed = page.locator("select, input, button").evaluate_all(
-        "all => all.filter(one => !(one.labels?.length || one.textContent.trim())).length"
+        "all => all.filter(control => !(control.labels?.length || control.textContent.trim())).length"
     )
     assert unnamed == 0
 

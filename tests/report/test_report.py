@@ -14,14 +14,15 @@ from horen_bench.report import StoredRun, page, read, report
 from horen_bench.report.__main__ import main
 from horen_bench.report.contents import contents
 from horen_bench.report.runs import variants
+from horen_bench.results.atomic import write_text
 from horen_bench.results.store import RunStore
 
 
 def embedded(text: str) -> Any:
     """The values that the page's script reads."""
-    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.DOTALL)
-    assert found
-    return json.loads(found[1])
+    data = re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.DOTALL)
+    assert data
+    return json.loads(data[1])
 
 
 def named(runs: list[StoredRun]) -> list[tuple[StoredRun, str]]:
@@ -110,16 +111,16 @@ def test_sample_is_spread_over_the_stream_and_says_of_how_many(runs: list[Stored
     assert [row["position"] for row in cases["rows"]] == [0, 10, 19, 29]
 
 
-def test_a_case_tells_what_was_done_answered_and_routed(runs: list[StoredRun]) -> None:
+def test_a_case_shows_what_was_done_predicted_and_routed(runs: list[StoredRun]) -> None:
     row = contents(named(runs), 30)["runs"][0]["cases"]["greedy"]["rows"][4]
     assert row["edit"] == "inserted, entry 4, 12 steps, loss 0.0061"
-    assert row["asked"] == [
+    assert row["families"] == [
         ["Rel", 1, 0, {}, [["answer 4", 4, 0.97, True]]],
         ["Loc", 1, 1, {}, [["blue", None, None, None], ["red", None, None, None]]],
     ]
 
 
-def test_text_scores_have_curves_and_stand_beside_their_answers(runs: list[StoredRun]) -> None:
+def test_text_scores_have_curves_and_stand_beside_their_predictions(runs: list[StoredRun]) -> None:
     named = {"rel_rougeL_recall": 0.5, "rel_rougeL_recall_low": 0.25, "rel_rougeL_recall_high": 0.75}
     rows = runs[2].rows.drop(columns=["rel", "gen", "loc", "op"]).assign(protocol="text", **named)
     rows = rows[[name for name in rows.columns if not name.startswith(("rel_low", "gen", "loc", "op"))]]
@@ -134,7 +135,7 @@ def test_text_scores_have_curves_and_stand_beside_their_answers(runs: list[Store
     }
     assert shown["runs"][0]["curves"]["text"]["scores"]["rel_rougeL_recall"] == [[0.5, 0.25, 0.75]] * 2
     case = shown["runs"][0]["cases"]["text"]["rows"][0]
-    assert case["asked"][0][:4] == ["Original", None, None, {"ROUGE-L": 0.5}]
+    assert case["families"][0][:4] == ["Original", None, None, {"ROUGE-L": 0.5}]
     assert len(case["target"]) == 401
     assert case["target"].endswith("…")
     assert table(report([text_run]), "Facts, protocol text")[1][5:7] == ["0.500 0.250–0.750", "10.0"]
@@ -169,7 +170,7 @@ Store = Callable[[Path, StoredRun], None]
 def store() -> Store:
     def write(results: Path, run: StoredRun) -> None:
         directory = RunStore(results / "runs" / run.name)
-        directory.describe(json.dumps(run.config), {}, {})  # JSON is YAML
+        write_text(directory.path / "config.yaml", json.dumps(run.config))  # JSON is YAML
         for row in run.rows.to_dict("records"):
             of_row = run.cases[run.cases["protocol"] == row["protocol"]].assign(n=row["n"])
             directory.add_checkpoint({str(key): value for key, value in row.items()}, of_row)

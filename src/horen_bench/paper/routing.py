@@ -1,6 +1,7 @@
-"""What a figure shows and no run records: early edits on their own, prompts among the keys, what a query costs."""
+"""What routing figures show and no run records: prompts among the keys, and what a query costs."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -10,56 +11,52 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from horen_bench.cases import EditCase
+from horen_bench.config.schema import RunConfig
+from horen_bench.editors.codebook.config import CodebookConfig
 from horen_bench.editors.codebook.editor import CodebookEditor
-from horen_bench.editors.codebook.hopfield import refine
-from horen_bench.editors.grace.editor import GraceEditor
-from horen_bench.editors.horen.editor import HorenEditor
-from horen_bench.evaluation.aggregate import summary
+from horen_bench.errors import UserError
+from horen_bench.models.loading import default_device, load_model
 from horen_bench.profiling import Stopwatch
-from horen_bench.prompts import encode_edit, encode_prompts
+
+Codebooks = CodebookEditor[CodebookConfig]  # whatever their settings
 
 _REPEATS = 20  # queries timed per size
 _KEYS_AT_ONCE = 4096  # drawn together
 
 
-# --- Figure 5: early edits ---------------------------------------------------------------------------------
+@contextmanager
+def bare_editor(config: RunConfig) -> Iterator[Codebooks]:
+    """A run's method on its model, with nothing written.
 
-
-def early_scores(cases: pd.DataFrame, first: int, seed: int) -> pd.DataFrame:
-    """Rel, Gen, Loc and OP of the first edits alone, at each later checkpoint and protocol, with their intervals.
-
-    Args:
-        cases: per-case rows, as `RunStore.cases` gives them.
-        first: how many edits count; a checkpoint before them has no row.
-        seed: of the resampling.
+    Raises:
+        UserError: the method has no codebook, or the model cannot be loaded.
     """
-    early = cases[(cases["n"] >= first) & (cases["position"] < first)]
-    rows = [
-        {"n": n, "protocol": protocol, "items": len(part), **summary(part, [], seed)}
-        for (n, protocol), part in early.groupby(["n", "protocol"], sort=False)
-    ]
-    return pd.DataFrame(rows, columns=None if rows else ["n", "protocol"])
+    editor_class = config.method.editor_class()
+    if not issubclass(editor_class, CodebookEditor):
+        raise UserError(
+            f"this figure is about methods with a codebook, and method={config.method.name} has none; leave method= out"
+        )
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    model = config.model
+    loaded = load_model(
+        model.hub_id,
+        dtype=model.dtype,
+        device=config.device or default_device(),
+        device_map=model.device_map,
+        revision=model.revision,
+        template=config.template,
+    )
+    editor: Codebooks = editor_class(loaded.model, loaded.encoder, config.method, seed=config.seed)
+    yield editor
+    editor.detach()
 
 
 # --- Figure 4: paraphrases and unrelated prompts among the keys -----------------------------------------------
 
 
-def stage_of(editor: CodebookEditor) -> dict[str, str | float]:
-    """How an editor compares a query with a key: `stage` in words, `measure` and `threshold`."""
-    pooled = f"last {editor.pooling_ratio:.0%} pooled" if editor.pooling_ratio else "last token"
-    if isinstance(editor, HorenEditor):
-        stage = f"{pooled}, T = {editor.hopfield['steps']}"
-        measure = "cosine" if editor.normalize else "inner product"
-        return {"stage": stage, "measure": measure, "threshold": editor.threshold}
-    assert isinstance(editor, GraceEditor)
-    radius = float(editor.first_radius)
-    if editor.normalize:
-        return {"stage": pooled, "measure": "cosine", "threshold": 1 - radius**2 / 2}
-    return {"stage": pooled, "measure": "distance", "threshold": radius}
-
-
 @torch.no_grad()
-def routing_scores(editor: CodebookEditor, cases: Sequence[EditCase]) -> pd.DataFrame:
+def routing_scores(editor: Codebooks, cases: Sequence[EditCase]) -> pd.DataFrame:
     """How near paraphrases come to their own edit's key, and unrelated prompts to the nearest one.
 
     The cases' keys are written as the method writes them; values play no part in routing and stay untrained.
@@ -69,21 +66,24 @@ def routing_scores(editor: CodebookEditor, cases: Sequence[EditCase]) -> pd.Data
         cases: the edits.
 
     Returns:
-        One row per prompt: `kind`, `score`, `routed`, as `separation` has them, and the columns of `stage_of`.
+        One row per prompt: `kind`, `score`, `routed`, as `separation` has them, and `stage`, `measure`, `threshold` of
+        the router's description.
     """
-    edits = [encode_edit(editor.tokenizer, case.prompt, case.target) for case in cases]
+    edits = [editor.encoder.edit(case.prompt, case.target) for case in cases]
     entries = [decision.entry for decision in editor.decide(edits, editor.queries([edit.prompt for edit in edits]))]
-    paraphrases = [(text, entry) for case, entry in zip(cases, entries, strict=True) for text in case.paraphrases]
+    paraphrases = [
+        (probe.prompt, entry) for case, entry in zip(cases, entries, strict=True) for probe in case.paraphrases
+    ]
     unrelated = [probe.prompt for case in cases for probe in case.locality]
     own = torch.tensor([entry for _, entry in paraphrases], device=editor.codebook.keys.device)
     near = separation(editor, _queries(editor, [text for text, _ in paraphrases]), own)
     far = separation(editor, _queries(editor, unrelated), None)
-    return pd.concat([near.assign(kind="paraphrase"), far.assign(kind="unrelated")], ignore_index=True).assign(
-        **stage_of(editor)
-    )
+    rows = pd.concat([near.assign(kind="paraphrase"), far.assign(kind="unrelated")], ignore_index=True)
+    router = editor.describe_router()
+    return rows.assign(stage=router.stage, measure=router.measure, threshold=router.threshold)
 
 
-def separation(editor: CodebookEditor, queries: Tensor, own: Tensor | None) -> pd.DataFrame:
+def separation(editor: Codebooks, queries: Tensor, own: Tensor | None) -> pd.DataFrame:
     """Where queries lie among the keys, as the editor compares them.
 
     Args:
@@ -96,34 +96,22 @@ def separation(editor: CodebookEditor, queries: Tensor, own: Tensor | None) -> p
         `routed`, whether that entry acts on it.
     """
     parts = [
-        _separation(editor, block, None if own is None else own[chosen])
-        for chosen, block in _blocks(queries, editor.block_size())
+        _separation(editor, block, None if own is None else own[place])
+        for place, block in _blocks(queries, editor.block_size())
     ]
     return pd.concat(parts, ignore_index=True)
 
 
-def _separation(editor: CodebookEditor, queries: Tensor, own: Tensor | None) -> pd.DataFrame:
+def _separation(editor: Codebooks, queries: Tensor, own: Tensor | None) -> pd.DataFrame:
     matches = editor.match(queries)
     entries = matches.entries if own is None else own
     routed = matches.matched & (matches.entries == entries)
-    scores = _scores(editor, queries, editor.codebook.keys[entries])
+    scores = editor.similarity(queries, editor.codebook.keys[entries])
     return pd.DataFrame({"score": scores.tolist(), "routed": routed.tolist()})
 
 
-def _scores(editor: CodebookEditor, queries: Tensor, keys: Tensor) -> Tensor:
-    """Query `i` against key `i`, `(B,)`, after what the method does to a query."""
-    if isinstance(editor, HorenEditor):
-        queries = refine(queries, editor.codebook.keys, normalize=editor.normalize, **editor.hopfield)
-    by_product = isinstance(editor, HorenEditor) or editor.normalize
-    keys = keys.float()
-    scores: Tensor = (
-        torch.linalg.vecdot(queries, keys) if by_product else torch.linalg.vector_norm(queries - keys, dim=1)
-    )
-    return scores
-
-
-def _queries(editor: CodebookEditor, prompts: Sequence[str]) -> Tensor:
-    return editor.queries(encode_prompts(editor.tokenizer, prompts))
+def _queries(editor: Codebooks, prompts: Sequence[str]) -> Tensor:
+    return editor.queries(editor.encoder.prompts(prompts))
 
 
 def _blocks(queries: Tensor, size: int) -> Iterator[tuple[slice, Tensor]]:
@@ -135,7 +123,7 @@ def _blocks(queries: Tensor, size: int) -> Iterator[tuple[slice, Tensor]]:
 
 
 @torch.no_grad()
-def query_cost(editor: CodebookEditor, sizes: Sequence[int], seed: int) -> pd.DataFrame:
+def query_cost(editor: Codebooks, sizes: Sequence[int], seed: int) -> pd.DataFrame:
     """Times the routing of one query at a time against a codebook of random keys.
 
     Args:
@@ -157,7 +145,7 @@ def query_cost(editor: CodebookEditor, sizes: Sequence[int], seed: int) -> pd.Da
         rows.append({"entries": size, "ms": middle, "ms_low": low, "ms_high": high, "queries": len(seconds)})
     keys = editor.codebook.keys
     return pd.DataFrame(rows).assign(
-        rule=_rule(editor),
+        rule=editor.describe_router().rule,
         key_size=keys.shape[1],
         dtype=str(keys.dtype).removeprefix("torch."),
         seed=seed,
@@ -166,25 +154,21 @@ def query_cost(editor: CodebookEditor, sizes: Sequence[int], seed: int) -> pd.Da
     )
 
 
-def _fill(editor: CodebookEditor, size: int, generator: torch.Generator) -> None:
+def _fill(editor: Codebooks, size: int, generator: torch.Generator) -> None:
     """Append random keys up to a size, some at a time, as they may be long."""
     while (lacking := size - len(editor.codebook)) > 0:
         for key in _random(min(lacking, _KEYS_AT_ONCE), editor, generator):
             editor.codebook.append(key, label=(), prompt_length=0)
 
 
-def _random(count: int, editor: CodebookEditor, generator: torch.Generator) -> Tensor:
+def _random(count: int, editor: Codebooks, generator: torch.Generator) -> Tensor:
     """Normal vectors `(count, m)`, as unit vectors where the editor has them."""
     keys = editor.codebook.keys
     drawn = torch.randn((count, keys.shape[1]), generator=generator).to(keys.device)
-    return F.normalize(drawn, dim=1) if editor.normalize else drawn
+    return F.normalize(drawn, dim=1) if editor.config.normalize else drawn
 
 
-def _seconds(editor: CodebookEditor, query: Tensor) -> float:
+def _seconds(editor: Codebooks, query: Tensor) -> float:
     stopwatch = Stopwatch()
     editor.match(query[None])
     return stopwatch.elapsed()
-
-
-def _rule(editor: CodebookEditor) -> str:
-    return f"Hopfield, T = {editor.hopfield['steps']}" if isinstance(editor, HorenEditor) else "Euclidean distance"

@@ -11,7 +11,8 @@ from horen_bench.report.runs import StoredRun
 from horen_bench.results.columns import COSTS, MAIN, TEXT_FAMILIES, TEXT_METRICS, printed, text_family
 from horen_bench.results.console import score_columns
 
-MOST_CHARACTERS = 400  # of a prompt, target or answer; ours
+MOST_CHARACTERS = 400  # of a prompt, target or prediction; ours
+_LISTS = (np.ndarray, list)
 
 
 def contents(runs: Sequence[tuple[StoredRun, str]], most_cases: int) -> dict[str, Any]:
@@ -52,8 +53,8 @@ def _group(score: str) -> str:
 
 def _score_names(runs: Iterable[StoredRun]) -> list[str]:
     """The paper's scores, then the others as the rows have them, then costs."""
-    found = dict.fromkeys(name for run in runs for name in score_columns(run.rows))
-    return [*(name for name in MAIN if name in found), *(name for name in found if name not in MAIN), *COSTS]
+    stored = dict.fromkeys(name for run in runs for name in score_columns(run.rows))
+    return [*(name for name in MAIN if name in stored), *(name for name in stored if name not in MAIN), *COSTS]
 
 
 def _curves(rows: pd.DataFrame) -> dict[str, Any]:
@@ -70,9 +71,10 @@ def _curves(rows: pd.DataFrame) -> dict[str, Any]:
 
 
 def _sample(cases: pd.DataFrame, most: int) -> dict[str, Any]:
-    chosen = np.unique(np.linspace(0, len(cases) - 1, min(most, len(cases))).round().astype(int))
-    families = [str(name).removesuffix("_answers") for name in cases.columns if str(name).endswith("_answers")]
-    rows = cases.iloc[chosen].to_dict("records")
+    places = np.unique(np.linspace(0, len(cases) - 1, min(most, len(cases))).round().astype(int))
+    names = [str(name) for name in cases.columns]
+    families = [name.removesuffix("_predictions") for name in names if name.endswith("_predictions")]
+    rows = cases.iloc[places].to_dict("records")
     return {"n": int(cases["n"].iloc[0]), "total": len(cases), "rows": [_case(row, families) for row in rows]}
 
 
@@ -83,9 +85,7 @@ def _case(row: Mapping[Any, Any], families: Sequence[str]) -> dict[str, Any]:
         "prompt": _text(row["prompt"]),
         "target": _text(row["target"]),
         "edit": _edit(row),
-        "asked": [
-            _asked(row, family) for family in families if isinstance(row[f"{family}_answers"], np.ndarray | list)
-        ],
+        "families": [_family(row, name) for name in families if isinstance(row[f"{name}_predictions"], _LISTS)],
     }
 
 
@@ -100,16 +100,16 @@ def _edit(row: Mapping[Any, Any]) -> str:
     return ", ".join(parts)
 
 
-def _asked(row: Mapping[Any, Any], family: str) -> list[Any]:
-    """Family, its score now and before the edits, text scores, and per question answer, entry, score, matched."""
-    columns = [row[f"{family}_{name}"] for name in ("answers", "entries", "route_scores", "matched")]
-    questions = [
-        [_text(answer), _number(entry), _number(score), None if _is_missing(matched) else bool(matched)]
-        for answer, entry, score, matched in zip(*columns, strict=True)
+def _family(row: Mapping[Any, Any], family: str) -> list[Any]:
+    """Name, score now and before the edits, text scores, and per probe prediction, entry, route score, matched."""
+    columns = [row[f"{family}_{name}"] for name in ("predictions", "entries", "route_scores", "matched")]
+    probes = [
+        [_text(prediction), _number(entry), _number(score), None if _is_missing(matched) else bool(matched)]
+        for prediction, entry, score, matched in zip(*columns, strict=True)
     ]
     text = {name: _number(row[key]) for metric, name in TEXT_METRICS.items() if (key := f"{family}_{metric}") in row}
     name = TEXT_FAMILIES[family] if text else printed(family)
-    return [name, _number(row.get(family)), _number(row.get(f"{family}_base")), text, questions]
+    return [name, _number(row.get(family)), _number(row.get(f"{family}_base")), text, probes]
 
 
 def _text(value: object) -> str:

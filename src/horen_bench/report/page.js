@@ -118,9 +118,9 @@ function ticks(low, high, count) {
   const rough = (high - low) / count || 1;
   const power = 10 ** Math.floor(Math.log10(rough));
   const step = power * [1, 2, 5, 10].find((factor) => factor * power >= rough);
-  const found = [];
-  for (let i = Math.ceil(low / step - 1e-9); i * step <= high + 1e-9 * step; i++) found.push(i * step || 0); // never -0
-  return found;
+  const values = [];
+  for (let i = Math.ceil(low / step - 1e-9); i * step <= high + 1e-9 * step; i++) values.push(i * step || 0); // never -0
+  return values;
 }
 
 function logTicks(low, high) {
@@ -246,8 +246,8 @@ function fillValues(caption) {
   const rows = edits.map((n) =>
     element("tr", {}, element("th", { scope: "row" }, n.toLocaleString("en")),
       ...curves.map((curve) => {
-        const found = curve.points.find((point) => point.n === n);
-        return element("td", {}, found ? withInterval(found.value) : MISSING);
+        const point = curve.points.find((candidate) => candidate.n === n);
+        return element("td", {}, point ? withInterval(point.value) : MISSING);
       })),
   );
   const table = element("table", {}, element("caption", {}, caption), element("thead", {}, head), element("tbody", {}, ...rows));
@@ -268,23 +268,23 @@ function casesOfSetting() {
 function offerCaseFilters() {
   const all = casesOfSetting();
   const any = () => new Option("all", "");
-  const families = unique(all.flatMap(({ row }) => row.asked.map(([family]) => family)));
+  const families = unique(all.flatMap(({ row }) => row.families.map(([family]) => family)));
   offer(at("case-method"), [any(), ...unique(all.map(({ run }) => nameOf(run))).map((name) => new Option(name, name))]);
   offer(at("case-family"), [any(), ...families.map((name) => new Option(name, name))]);
 }
 
-/** The questions of a case that the filters leave. */
-function askedAndWanted(row) {
+/** The families of a case's probes that the filters leave. */
+function filtered(row) {
   const [family, outcome, router] = ["case-family", "case-outcome", "case-router"].map((id) => at(id).value);
-  return row.asked.filter(([name, score, , , questions]) => {
+  return row.families.filter(([name, score, , , probes]) => {
     if (family && name !== family) return false;
     if (outcome && (score === null || (score === 1) !== (outcome === "right"))) return false;
-    return !router || questions.some(([, , , matched]) => matched === (router === "matched"));
+    return !router || probes.some(([, , , matched]) => matched === (router === "matched"));
   });
 }
 
-function isFound({ row }, asked, words) {
-  const text = [row.id, row.prompt, row.target, ...asked.flatMap(([, , , , questions]) => questions.map(([answer]) => answer))];
+function matches({ row, families }, words) {
+  const text = [row.id, row.prompt, row.target, ...families.flatMap(([, , , , probes]) => probes.map(([prediction]) => prediction))];
   return !words || text.join("\n").toLowerCase().includes(words);
 }
 
@@ -292,14 +292,14 @@ function showCases() {
   const words = at("case-search").value.trim().toLowerCase();
   const method = at("case-method").value;
   const all = casesOfSetting();
-  const found = all
+  const hits = all
     .filter(({ run }) => !method || nameOf(run) === method)
-    .map((one) => ({ ...one, asked: askedAndWanted(one.row) }))
-    .filter((one) => one.asked.length && isFound(one, one.asked, words));
-  const pages = Math.max(1, Math.ceil(found.length / PAGE));
+    .map((stored) => ({ ...stored, families: filtered(stored.row) }))
+    .filter((kept) => kept.families.length && matches(kept, words));
+  const pages = Math.max(1, Math.ceil(hits.length / PAGE));
   page = Math.max(0, Math.min(page, pages - 1));
-  at("case-count").textContent = `${found.length} of the ${all.length} cases on this page (${storedCases()} are stored).`;
-  at("case-list").replaceChildren(...found.slice(page * PAGE, (page + 1) * PAGE).map(caseCard));
+  at("case-count").textContent = `${hits.length} of the ${all.length} cases on this page (${storedCases()} are stored).`;
+  at("case-list").replaceChildren(...hits.slice(page * PAGE, (page + 1) * PAGE).map(caseCard));
   at("page-number").textContent = `page ${page + 1} of ${pages}`;
   at("previous").disabled = page === 0;
   at("next").disabled = page === pages - 1;
@@ -307,21 +307,21 @@ function showCases() {
 
 const storedCases = () => runsOfSetting().reduce((sum, run) => sum + (run.cases[at("protocol").value]?.total ?? 0), 0).toLocaleString("en");
 
-function caseCard({ run, row, n, asked }) {
+function caseCard({ run, row, n, families }) {
   const about = `${nameOf(run)}; edit ${row.position + 1} of ${n.toLocaleString("en")}, case ${row.id}; ${row.edit}`;
-  const head = ["question", "answer", "score", "before", "router"].map((name) => element("th", { scope: "col" }, name));
-  const table = element("table", {}, element("thead", {}, element("tr", {}, ...head)), element("tbody", {}, ...asked.flatMap(questionRows)));
+  const head = ["probe", "prediction", "score", "before", "router"].map((name) => element("th", { scope: "col" }, name));
+  const table = element("table", {}, element("thead", {}, element("tr", {}, ...head)), element("tbody", {}, ...families.flatMap(probeRows)));
   return element("article", { class: "case" }, element("h3", {}, `${row.prompt} → ${row.target}`), element("p", { class: "about" }, about), element("div", { class: "wide" }, table));
 }
 
-/** One row per question; the score is the family's, over all its questions. */
-function questionRows([family, score, before, text, questions]) {
+/** One row per probe; the score is the family's, over all its probes. */
+function probeRows([family, score, before, text, probes]) {
   const metrics = Object.entries(text).map(([name, value]) => `${name} ${shown(value)}`).join(", ");
   const look = score === null ? "" : score === 1 ? "right" : "wrong";
-  return questions.map(([answer, ...route], i) => {
+  return probes.map(([prediction, ...route], i) => {
     const scored = i === 0 ? (metrics || shown(score)) : "";
     return element("tr", {},
-      element("td", {}, i === 0 ? family : ""), element("td", {}, answer), element("td", { class: look }, scored),
+      element("td", {}, i === 0 ? family : ""), element("td", {}, prediction), element("td", { class: look }, scored),
       element("td", {}, i === 0 ? shown(before) : ""), element("td", {}, routeText(route)));
   });
 }

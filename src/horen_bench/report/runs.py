@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from horen_bench.config.schema import MethodConfig
 from horen_bench.errors import UserError
 from horen_bench.results.store import RunStore
 
@@ -38,8 +39,8 @@ class StoredRun:
 
     def label(self, part: str) -> str:
         """The printed name of its `model`, `method` or `dataset`; "" where that is not known."""
-        chosen = self.config.get(part, {"name": ""})
-        return str(chosen.get("label", chosen["name"]))
+        settings = self.config.get(part, {"name": ""})
+        return str(settings.get("label", settings["name"]))
 
 
 def read(results: Iterable[Path]) -> list[StoredRun]:
@@ -51,13 +52,13 @@ def read(results: Iterable[Path]) -> list[StoredRun]:
     Raises:
         UserError: a folder holds no run, or a run's files cannot be read.
     """
-    found: list[StoredRun] = []
+    runs: list[StoredRun] = []
     for folder in results:
         directories = [path for path in (folder / "runs").glob("*") if path.is_dir()]
         if not directories:
             raise UserError(f"{folder} holds no runs (no directory in {folder / 'runs'}); run something first.")
-        found += [_read_run(path) for path in directories]
-    return sorted(found, key=lambda run: (*(run.label(part) for part in ("model", "dataset", "method")), run.name))
+        runs += [_read_run(path) for path in directories]
+    return sorted(runs, key=lambda run: (*(run.label(part) for part in ("model", "dataset", "method")), run.name))
 
 
 def _read_run(path: Path) -> StoredRun:
@@ -88,7 +89,7 @@ def variants(runs: Sequence[StoredRun]) -> list[str]:
     """
     settings = [pd.json_normalize({key: run.config.get(key) for key in _SETTINGS}).astype(str) for run in runs]
     flat = pd.concat(settings, ignore_index=True).fillna("")  # "": this run has no such setting
-    flat = flat[[name for name in flat.columns if name.rpartition(".")[2] not in _NOT_OF_THE_STREAM]]
+    flat = flat[[name for name in flat.columns if _can_change_numbers(name)]]
     texts = [""] * len(runs)
     for places in _alike(runs):
         own = flat.loc[places]
@@ -97,9 +98,15 @@ def variants(runs: Sequence[StoredRun]) -> list[str]:
         for place, values in zip(places, unusual.to_dict("records"), strict=True):
             named = {str(name).removeprefix("method."): value for name, value in values.items() if value}
             texts[place] = ", ".join(f"{name}={value}" for name, value in named.items())
-        for place in [one for one in places if [texts[other] for other in places].count(texts[one]) > 1]:
+        for place in [place for place in places if [texts[other] for other in places].count(texts[place]) > 1]:
             texts[place] = ", ".join(filter(None, [texts[place], runs[place].name.rpartition("-")[2]]))
     return texts
+
+
+def _can_change_numbers(name: str) -> bool:
+    """Whether a setting, named as in `method.hopfield.steps`, is more than a matter of paths and looks."""
+    within_part = name.partition(".")[2].partition(".")[0]
+    return name.rpartition(".")[2] not in _NOT_OF_THE_STREAM and within_part not in MethodConfig.presentation
 
 
 def _alike(runs: Sequence[StoredRun]) -> list[list[int]]:

@@ -27,7 +27,7 @@ def checkpoint_tables(rows: pd.DataFrame) -> Group:
     """
     return Group(
         *(
-            _long_answers(part) if protocol == "text" else _one_protocol(part)
+            _long_form(part) if protocol == "text" else _one_protocol(part)
             for protocol, part in rows.groupby("protocol", sort=False)
         )
     )
@@ -55,8 +55,8 @@ def _one_protocol(rows: pd.DataFrame) -> Group:
     return Group(main, probes, Text(caption, style="dim"))
 
 
-def _long_answers(rows: pd.DataFrame) -> Group:
-    """A table per checkpoint: a line per score, a column per family of questions, and before the edits, Original."""
+def _long_form(rows: pd.DataFrame) -> Group:
+    """A table per checkpoint: a line per score, a column per family of probes, and before the edits, Original."""
     first = rows.iloc[0]
     names = score_columns(rows)
     families = [name.removesuffix("_length") for name in names if name.endswith("_length")]
@@ -70,7 +70,7 @@ def _long_answers(rows: pd.DataFrame) -> Group:
             cells = [_score(row, f"{family}_{metric}") for family in families]
             table.add_row(metric, *cells, _number(row[f"rel_{metric}_base"]))
         per_edit = _number(1000 * row["edit_seconds"] / row["n"], 1)
-        cost = f"{per_edit} ms/edit, questions {_number(row['eval_seconds'], 1)} s"
+        cost = f"{per_edit} ms/edit, evaluation {_number(row['eval_seconds'], 1)} s"
         tables += [table, Text(cost, style="dim")]
     caption = f"protocol text, seed {first['seed']}; below a score: its 95 % interval over cases; length in words"
     return Group(*tables, Text(caption, style="dim"))
@@ -78,18 +78,18 @@ def _long_answers(rows: pd.DataFrame) -> Group:
 
 def notes(rows: pd.DataFrame) -> list[str]:
     """What a reader of the rows must know: incomplete coverage, failed edits, the run's own warnings."""
-    found: list[str] = []
+    sentences: list[str] = []
     for _, row in rows.iterrows():
         for name in score_columns(rows):
             items = row.get(f"{name}_items", row["items"])
-            said = row["protocol"] == "text" and not items  # a warning tells why the whole score is missing
-            if items < row["items"] and not said:
-                found.append(f"N={row['n']}: {name} covers {int(items)} of {row['items']} cases")
+            explained = row["protocol"] == "text" and not items  # a warning tells why the whole score is missing
+            if items < row["items"] and not explained:
+                sentences.append(f"N={row['n']}: {name} covers {int(items)} of {row['items']} cases")
         if row["items"] < row["n"]:
-            found.append(f"N={row['n']}: {row['items']} cases were questioned, a fixed random sample")
+            sentences.append(f"N={row['n']}: {row['items']} cases were evaluated, a fixed random sample")
         if row["failed_edits"]:
-            found.append(f"N={row['n']}: {row['failed_edits']} edits failed; see edit_problem in cases.parquet")
-    return [*_unique(found), *_unique(rows["warnings"].dropna().tolist())]
+            sentences.append(f"N={row['n']}: {row['failed_edits']} edits failed; see edit_problem in cases.parquet")
+    return [*_unique(sentences), *_unique(rows["warnings"].dropna().tolist())]
 
 
 def _unique(texts: Sequence[str]) -> list[str]:

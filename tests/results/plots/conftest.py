@@ -11,7 +11,7 @@ Row = dict[str, Any]
 
 @pytest.fixture
 def absent() -> Callable[..., Row]:
-    """Makes a row as `experiments.collect` gives it for what is missing."""
+    """Makes a row as `grids.collect` gives it for what is missing."""
 
     def make(n: int, method: str = "HoReN", **changes: Any) -> Row:
         labels = {"model_label": "tiny", "method_label": method, "dataset_label": "Facts", "variant": ""}

@@ -36,7 +36,7 @@ def scores() -> pd.DataFrame:
         ("HoReN", "unrelated", 0.1, False),
     ]
     columns = ("method_label", "kind", "score", "routed")
-    return pd.DataFrame([dict(zip(columns, one, strict=True)) | about[one[0]] for one in prompts])
+    return pd.DataFrame([dict(zip(columns, prompt, strict=True)) | about[prompt[0]] for prompt in prompts])
 
 
 def test_a_distribution_gives_the_share_of_a_kinds_prompts_per_bin(scores: pd.DataFrame) -> None:
@@ -105,7 +105,7 @@ def test_steps_are_swept_with_a_curve_per_damping(finished: Make, absent: Make) 
 
 def test_pooling_is_swept_with_a_curve_per_n_and_the_models_ratio_marked(finished: Make) -> None:
     rows = [finished(n, pooling_ratio=ratio) for n in (100, 1000) for ratio in (0.2, 1.0)]
-    figure = pooling_figure(pd.DataFrame(rows), chosen=0.6)
+    figure = pooling_figure(pd.DataFrame(rows), usual=0.6)
     *curves, mark = figure.axes[0].lines
     assert [line.get_label() for line in curves] == ["N = 100", "N = 1,000"]
     assert np.asarray(mark.get_xdata()).tolist() == [0.6, 0.6]

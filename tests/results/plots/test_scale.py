@@ -64,17 +64,17 @@ def test_the_caption_says_what_the_numbers_are_about(finished: Make) -> None:
     def about(*rows: dict[str, Any]) -> str:
         return scale_figure(pd.DataFrame(rows), "op", NOTHING).get_suptitle().splitlines()[1]
 
-    assert about(finished(100)) == "tiny, Facts, protocol greedy, seed 1, cpu, all N cases questioned"
+    assert about(finished(100)) == "tiny, Facts, protocol greedy, seed 1, cpu, all N cases evaluated"
     part = about(finished(100), finished(5000, items=2000))
-    assert part.endswith(", at larger N 2,000 cases questioned, a random sample")
-    assert about(finished(5000, items=2000)).endswith(", cpu, 2,000 cases questioned, a random sample")
+    assert part.endswith(", at larger N 2,000 cases evaluated, a random sample")
+    assert about(finished(5000, items=2000)).endswith(", cpu, 2,000 cases evaluated, a random sample")
 
 
 def test_early_edits_have_their_own_row_of_panels(finished: Make) -> None:
     rows = pd.DataFrame([finished(100), finished(500), finished(1000, rel=0.7)])
     early = pd.DataFrame([finished(500), finished(1000, rel=0.6)])
     axes = trajectory_figure(rows, early, first=500).axes
-    assert [one.get_title() for one in axes[3:]] == [f"{score}, first 500 edits" for score in ("Rel", "Gen", "Loc")]
+    assert [panel.get_title() for panel in axes[3:]] == [f"{score}, first 500 edits" for score in ("Rel", "Gen", "Loc")]
     assert curves(axes[0]) == {"HoReN": [[100, 0.9], [500, 0.9], [1000, 0.7]]}
     assert curves(axes[3]) == {"HoReN": [[500, 0.9], [1000, 0.6]]}
-    assert {one.get_xscale() for one in axes} == {"log"}
+    assert {panel.get_xscale() for panel in axes} == {"log"}

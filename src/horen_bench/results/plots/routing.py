@@ -8,19 +8,21 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from horen_bench.config.schema import LineStyle
 from horen_bench.results.plots.style import (
     SCORES,
     WIDTH,
-    Pen,
+    MethodStyles,
     caption,
     draw_curve,
     log_axis,
     measured,
-    method_pen,
+    method_styles,
     plain_decades,
     plain_ticks,
     score_axis,
-    series_pens,
+    series_styles,
+    strokes,
     styled,
     without_rows,
 )
@@ -37,7 +39,11 @@ _HATCHES = ("----", "////", "\\\\\\\\", "")  # of lines: a pattern of dots makes
 
 
 def ladder_figure(
-    rows: pd.DataFrame, distribution: pd.DataFrame, routed: pd.DataFrame, published: pd.DataFrame
+    rows: pd.DataFrame,
+    distribution: pd.DataFrame,
+    routed: pd.DataFrame,
+    published: pd.DataFrame,
+    methods: MethodStyles | None = None,
 ) -> Figure:
     """What each ingredient of routing gives: scores, and how far paraphrases lie from unrelated prompts.
 
@@ -47,12 +53,13 @@ def ladder_figure(
         routed: what `routed_of` gives.
         published: `method`, `rel`, `gen`, `loc` as the paper prints them at this N, with `model` and `dataset`; may be
             empty.
+        methods: their styles; None: those of `conf/method`.
     """
     with styled():
         figure = Figure(figsize=(WIDTH, 5.2), layout="constrained")
         upper, lower = figure.subfigures(2, 1, squeeze=False, height_ratios=[1, 1.05])[:, 0]
         bars = upper.subplots()
-        _draw_ladder(bars, rows, published)
+        _draw_ladder(bars, rows, published, methods or method_styles())
         bars.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
         by_method = [table.groupby("method_label", sort=False) for table in (routed, distribution)]
         panels = lower.subplots(1, len(by_method[0]), sharey=True, squeeze=False)[0]
@@ -63,7 +70,8 @@ def ladder_figure(
         title = "above each panel: paraphrases on which their own entry acts | unrelated prompts on which one acts"
         lower.legend(handles, labels, loc="outside lower center", ncols=3, title=title)
         about = f"{caption(measured(rows))}, N = {rows['n'].max():,}"
-        lines = ["The two steps from GRACE to HoReN", about, without_rows(rows)]
+        first, last = rows["method_label"].iloc[[0, -1]]
+        lines = [f"Step by step from {first} to {last}", about, without_rows(rows)]
         figure.suptitle("\n".join(line for line in lines if line))
     return figure
 
@@ -80,9 +88,9 @@ def distribution_of(scores: pd.DataFrame) -> pd.DataFrame:
     parts: list[pd.DataFrame] = []
     for method, group in scores.groupby("method_label", sort=False):
         borders = np.histogram_bin_edges(np.append(group["score"], group["threshold"].iloc[0]), _BINS)
-        for kind, one in group.groupby("kind", sort=False):
-            counts, _ = np.histogram(one["score"], borders)
-            shares = {"left": borders[:-1], "right": borders[1:], "share": counts / len(one)}
+        for kind, prompts in group.groupby("kind", sort=False):
+            counts, _ = np.histogram(prompts["score"], borders)
+            shares = {"left": borders[:-1], "right": borders[1:], "share": counts / len(prompts)}
             parts.append(pd.DataFrame({"method_label": method, "kind": kind, **shares}))
     return pd.concat(parts, ignore_index=True)
 
@@ -97,7 +105,7 @@ def routed_of(scores: pd.DataFrame) -> pd.DataFrame:
     return scores.groupby(by, sort=False)["routed"].agg(prompts="size", routed="mean").reset_index()
 
 
-def _draw_ladder(axes: Axes, rows: pd.DataFrame, published: pd.DataFrame) -> None:
+def _draw_ladder(axes: Axes, rows: pd.DataFrame, published: pd.DataFrame, styles: MethodStyles) -> None:
     """Three groups of bars, Rel, Gen and Loc, a bar per method; the paper's numbers as hollow diamonds."""
     score_axis(axes)
     axes.set(ylim=(0, 1.08), ylabel="score, with 95 % interval")
@@ -108,7 +116,8 @@ def _draw_ladder(axes: Axes, rows: pd.DataFrame, published: pd.DataFrame) -> Non
         centres = places + (i - (len(methods) - 1) / 2) * width
         row = rows[rows["method_label"] == method].iloc[0]
         if row["status"] == "finished":
-            _draw_bars(axes, centres, row, scores, width=width, hatch=_HATCHES[i % len(_HATCHES)])
+            look = (styles.of(method).colour, _HATCHES[i % len(_HATCHES)])
+            _draw_bars(axes, centres, row, scores, width=width, look=look)
         reading_of = method.split(",")[0]
         if reading_of in printed.index:
             values = printed.loc[reading_of, list(scores)].to_numpy(float)
@@ -117,10 +126,13 @@ def _draw_ladder(axes: Axes, rows: pd.DataFrame, published: pd.DataFrame) -> Non
     axes.set_xticks(places, [SCORES[score] for score in scores])
 
 
-def _draw_bars(axes: Axes, centres: Any, row: Any, scores: Sequence[str], *, width: float, hatch: str) -> None:
+def _draw_bars(
+    axes: Axes, centres: Any, row: Any, scores: Sequence[str], *, width: float, look: tuple[str, str]
+) -> None:
+    """Bars with their intervals; `look` is colour and hatch."""
     values = [row[score] for score in scores]
     spread = [[row[s] - row[f"{s}_low"] for s in scores], [row[f"{s}_high"] - row[s] for s in scores]]
-    colour = method_pen(row["method_label"]).colour
+    colour, hatch = look
     axes.bar(
         centres,
         values,
@@ -150,21 +162,23 @@ def _draw_stage(axes: Axes, distribution: pd.DataFrame, routed: pd.DataFrame) ->
 # --- Figure 9 ----------------------------------------------------------------------------------------------
 
 
-def cost_figure(rows: pd.DataFrame) -> Figure:
+def cost_figure(rows: pd.DataFrame, methods: MethodStyles | None = None) -> Figure:
     """Milliseconds to route one query against the size of the codebook.
 
     Args:
-        rows: what `analyses.query_cost` gives.
+        rows: what `paper.routing.query_cost` gives.
+        methods: their styles; None: those of `conf/method`.
     """
+    styles = methods or method_styles()
     with styled():
         figure = Figure(figsize=(WIDTH * 0.6, 3.2), layout="constrained")
         axes = figure.subplots()
         for method, part in rows.groupby("method_label", sort=False):
-            ordered, pen = part.sort_values("entries"), method_pen(str(method))
+            ordered, style = part.sort_values("entries"), styles.of(str(method))
             label = f"{method}, {ordered['rule'].iloc[0]}"
-            axes.plot(ordered["entries"], ordered["ms"], label=label, **pen.strokes())
+            axes.plot(ordered["entries"], ordered["ms"], label=label, **strokes(style))
             axes.fill_between(
-                ordered["entries"], ordered["ms_low"], ordered["ms_high"], color=pen.colour, alpha=0.15, linewidth=0
+                ordered["entries"], ordered["ms_low"], ordered["ms_high"], color=style.colour, alpha=0.15, linewidth=0
             )
         log_axis(axes, "entries in the codebook")
         axes.set_yscale("log")
@@ -196,18 +210,18 @@ def hopfield_figure(rows: pd.DataFrame) -> Figure:
     return figure
 
 
-def pooling_figure(rows: pd.DataFrame, chosen: float) -> Figure:
+def pooling_figure(rows: pd.DataFrame, usual: float) -> Figure:
     """Scores against the share of prompt tokens that make a query, a line per N.
 
     Args:
         rows: checkpoint rows with the column `pooling_ratio`.
-        chosen: the model's own ratio, which is marked.
+        usual: the model's own ratio, which is marked.
     """
     figure = _sweep(
         rows, x="pooling_ratio", by="n", symbol="N", title="Share ρ of the prompt, from its end, in a query"
     )
     for axes in figure.axes:
-        axes.axvline(chosen, color="#7F7F7F", linewidth=0.8, linestyle=":")
+        axes.axvline(usual, color="#7F7F7F", linewidth=0.8, linestyle=":")
         plain_ticks(axes, [0.2, 0.4, 0.6, 0.8, 1.0])
     return figure
 
@@ -222,9 +236,9 @@ def _sweep(rows: pd.DataFrame, *, x: str, by: str, symbol: str, title: str) -> F
     with styled():
         figure = Figure(figsize=(WIDTH, 4.6), layout="constrained")
         panels = figure.subplots(2, (len(shown) + 1) // 2, sharex=True, sharey=True, squeeze=False).ravel()
-        pens = series_pens(sorted(finished[by].unique()))
+        styles = series_styles(sorted(finished[by].unique()))
         for axes, score in zip(panels, shown, strict=False):
-            _draw_lines(axes, finished, score, x=x, by=by, symbol=symbol, pens=pens)
+            _draw_lines(axes, finished, score, x=x, by=by, symbol=symbol, styles=styles)
             axes.set(title=SCORES[score], xlabel=_AXES[x])
             axes.label_outer()
         for axes in panels[len(shown) :]:
@@ -243,8 +257,8 @@ def _sweep_caption(rows: pd.DataFrame, by: str) -> str:
 
 
 def _draw_lines(
-    axes: Axes, rows: pd.DataFrame, score: str, *, x: str, by: str, symbol: str, pens: dict[Any, Pen]
+    axes: Axes, rows: pd.DataFrame, score: str, *, x: str, by: str, symbol: str, styles: dict[Any, LineStyle]
 ) -> None:
     score_axis(axes)
     for key, part in rows.groupby(by):
-        draw_curve(axes, part, x, score, pen=pens[key], label=f"{symbol} = {key:,g}")
+        draw_curve(axes, part, x, score, style=styles[key], label=f"{symbol} = {key:,g}")

@@ -4,7 +4,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from horen_bench.results.plots.style import SCORES, WIDTH, caption, draw_curve, score_axis, series_pens, styled
+from horen_bench.results.plots.style import SCORES, WIDTH, caption, draw_curve, score_axis, series_styles, styled
 
 _EDITS = "edits"
 
@@ -29,10 +29,10 @@ def stream_figure(rows: pd.DataFrame) -> Figure:
 
 def _draw_scores(axes: Axes, rows: pd.DataFrame) -> None:
     score_axis(axes)
-    pens = series_pens(list(SCORES))
+    styles = series_styles(list(SCORES))
     for score, label in SCORES.items():
         if score in rows and rows[score].notna().any():
-            draw_curve(axes, rows, "n", score, pen=pens[score], label=label)
+            draw_curve(axes, rows, "n", score, style=styles[score], label=label)
     axes.set(xlabel=_EDITS, ylabel="score, with 95 % interval")
     axes.legend(ncols=2, loc="lower left")
 

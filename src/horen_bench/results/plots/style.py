@@ -1,14 +1,16 @@
-"""What all figures share: one look, a pen per method and per score, captions, files.
+"""What all figures share: one look, a line style per method and per score, captions, files.
 
-Colours are Okabe and Ito's, told apart by the colour-blind; line styles and markers tell them apart in grey.
+Colours are Okabe and Ito's, distinct for the colour-blind; line styles and markers are distinct in grey.
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cache
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import matplotlib as mpl
 import pandas as pd
@@ -16,8 +18,11 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
+from omegaconf import OmegaConf
 from PIL import Image
 
+from horen_bench.config.schema import LineStyle, MethodConfig
+from horen_bench.paths import resource
 from horen_bench.results.atomic import replacing
 
 WIDTH = 7.0  # inches, a page's text width
@@ -36,48 +41,15 @@ _STYLE: Any = {
 
 _COLOURS = 64  # of a PNG, for a third of its size
 
-_BLACK, _ORANGE, _SKY, _GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
-_BLUE, _VERMILION, _PURPLE, _GREY = "#0072B2", "#D55E00", "#CC79A7", "#7F7F7F"
-_DASHED, _DOTTED, _DASH_DOT, _LONG = "--", ":", "-.", (0, (5, 1))
-
-
-@dataclass(frozen=True, slots=True)
-class Pen:
-    """How one line looks."""
-
-    colour: str
-    line: Any = "-"
-    marker: str = "o"
-    size: float = 4
-
-    def strokes(self) -> dict[str, Any]:
-        """As keyword arguments of `Axes.plot`."""
-        return {"color": self.colour, "linestyle": self.line, "marker": self.marker, "markersize": self.size}
-
-
-# By label, as `conf/method/*.yaml` and the paper print it.
-_METHODS = {
-    "HoReN": Pen(_BLACK, "-", "o", size=6.5),  # seen under those that lie on it
-    "GRACE": Pen(_BLUE, _DASHED, "s"),
-    "GRACE+Norm": Pen(_SKY, _DASH_DOT, "D"),
-    "GRACE+Norm, equal cosine": Pen(_GREEN, _DOTTED, "D"),
-    "WISE": Pen(_VERMILION, _DASH_DOT, "^"),
-    "REPAIR": Pen(_VERMILION, _DOTTED, "v"),
-    "ROME": Pen(_ORANGE, "-", "P"),
-    "MEMIT": Pen(_ORANGE, _DASHED, "X"),
-    "AlphaEdit": Pen(_PURPLE, _LONG, "d"),
-    "UltraEdit": Pen(_GREEN, _LONG, "p"),
-    "FT-L": Pen(_GREY, _DOTTED, "<"),
-    "FT-M": Pen(_GREY, _DASH_DOT, ">"),
-    "UnKE": Pen(_SKY, _DOTTED, "h"),
-}
+_UNKNOWN = LineStyle(colour="#7F7F7F", line="--", marker="*")  # of a method without a style of its own
+_LONG_DASHES = (0, (5, 1))
 _SERIES = (
-    Pen(_BLACK, "-", "o"),
-    Pen(_BLUE, _DASHED, "s"),
-    Pen(_VERMILION, _DASH_DOT, "^"),
-    Pen(_GREEN, _LONG, "D"),
-    Pen(_PURPLE, _DOTTED, "v"),
-    Pen(_ORANGE, "-", "P"),
+    LineStyle(colour="#000000", line="-", marker="o"),
+    LineStyle(colour="#0072B2", line="--", marker="s"),
+    LineStyle(colour="#D55E00", line="-.", marker="^"),
+    LineStyle(colour="#009E73", line="long", marker="D"),
+    LineStyle(colour="#CC79A7", line=":", marker="v"),
+    LineStyle(colour="#E69F00", line="-", marker="P"),
 )
 
 SCORES = {
@@ -96,28 +68,60 @@ def styled() -> AbstractContextManager[None]:
     return context
 
 
-def method_pen(label: str) -> Pen:
-    """The pen of a method, the same in every figure; one of its own for a method that the paper does not have."""
-    return _METHODS.get(label, Pen(_GREY, _DASHED, "*"))
+@dataclass(frozen=True, slots=True)
+class MethodStyles:
+    """How methods look, the same in every figure, by the label that tables and the paper print.
+
+    Attributes:
+        styles: of the methods that have one.
+        ranks: places in legends, smallest first.
+    """
+
+    styles: Mapping[str, LineStyle]
+    ranks: Mapping[str, int]
+
+    def of(self, label: str) -> LineStyle:
+        """A method's style; a grey one for a method without."""
+        return self.styles.get(label, _UNKNOWN)
+
+    def in_order(self, labels: Iterable[str]) -> list[str]:
+        """Labels, variants behind their method, as legends list them and curves are laid on one another."""
+        return sorted(set(labels), key=lambda label: (self.ranks.get(label.split(",")[0], math.inf), label))
+
+    def joined(self, methods: Iterable[MethodConfig]) -> Self:
+        """With methods of other packages, whose files are not in `conf/method`."""
+        added = {method.label: method for method in methods}
+        styles = {label: method.style for label, method in added.items() if method.style}
+        ranks = {label: method.rank for label, method in added.items()}
+        return type(self)({**self.styles, **styles}, {**self.ranks, **ranks})
 
 
-def in_order(labels: Iterable[str]) -> list[str]:
-    """Labels of methods, variants behind their method, as legends list them and curves are laid on one another."""
-    rank = {method: i for i, method in enumerate(_METHODS)}
-    return sorted(set(labels), key=lambda label: (rank.get(label.split(",")[0], len(rank)), label))
+@cache
+def method_styles() -> MethodStyles:
+    """The styles of `conf/method`."""
+    files: list[Any] = [OmegaConf.load(path) for path in sorted((resource("conf") / "method").glob("*.yaml"))]
+    looks = {file.label: OmegaConf.to_container(file.style) for file in files if "style" in file}
+    styles = {label: LineStyle.model_validate(look) for label, look in looks.items()}
+    return MethodStyles(styles, {file.label: file.rank for file in files if "rank" in file})
 
 
-def series_pens(keys: Sequence[Any]) -> dict[Any, Pen]:
-    """A pen for each value of a setting, in their order."""
+def strokes(style: LineStyle) -> dict[str, Any]:
+    """A style as keyword arguments of `Axes.plot`."""
+    line = _LONG_DASHES if style.line == "long" else style.line
+    return {"color": style.colour, "linestyle": line, "marker": style.marker, "markersize": style.size}
+
+
+def series_styles(keys: Sequence[Any]) -> dict[Any, LineStyle]:
+    """A style for each value of a setting, in their order."""
     return {key: _SERIES[i % len(_SERIES)] for i, key in enumerate(keys)}
 
 
-def draw_curve(axes: Axes, rows: pd.DataFrame, x: str, score: str, *, pen: Pen, label: str) -> None:
+def draw_curve(axes: Axes, rows: pd.DataFrame, x: str, score: str, *, style: LineStyle, label: str) -> None:
     """A score against the column `x`, in its order, with the 95 % interval; a missing score is a gap."""
     ordered = rows.sort_values(x)
-    axes.plot(ordered[x], ordered[score], label=label, **pen.strokes())
+    axes.plot(ordered[x], ordered[score], label=label, **strokes(style))
     low, high = ordered[f"{score}_low"], ordered[f"{score}_high"]
-    axes.fill_between(ordered[x], low, high, color=pen.colour, alpha=0.12, linewidth=0)
+    axes.fill_between(ordered[x], low, high, color=style.colour, alpha=0.12, linewidth=0)
 
 
 def score_axis(axes: Axes) -> None:
@@ -148,7 +152,7 @@ def plain_ticks(axes: Axes, ticks: Sequence[float]) -> None:
 
 
 def caption(rows: pd.DataFrame) -> str:
-    """Model, data, protocol, seed and questioned cases of the rows that are drawn, in one line."""
+    """Model, data, protocol, seed and evaluated cases of the rows that are drawn, in one line."""
     facts = [_values(rows, column, prefix) for column, prefix in _CAPTION.items() if column in rows]
     return ", ".join([*facts, _items(rows)])
 
@@ -163,25 +167,25 @@ def _values(rows: pd.DataFrame, column: str, prefix: str) -> str:
 
 def _items(rows: pd.DataFrame) -> str:
     if (rows["items"] == rows["n"]).all():
-        return "all N cases questioned"
+        return "all N cases evaluated"
     sampled = sorted(rows.loc[rows["items"] < rows["n"], "items"].astype(int).unique())
     where = "" if (rows["items"] < rows["n"]).all() else "at larger N "
-    return f"{where}{'/'.join(f'{items:,}' for items in sampled)} cases questioned, a random sample"
+    return f"{where}{'/'.join(f'{items:,}' for items in sampled)} cases evaluated, a random sample"
 
 
 def measured(rows: pd.DataFrame) -> pd.DataFrame:
-    """The rows that have scores; `experiments.collect` gives one for each that is missing, too."""
+    """The rows that have scores; `grids.collect` gives one for each that is missing, too."""
     return rows[rows["status"] == "finished"]
 
 
 def without_rows(rows: pd.DataFrame) -> str:
-    """Names what was wanted and is missing, e.g. `not run at N = 2,000, 5,000: ROME, WISE`; empty if nothing is."""
+    """Names the rows that are missing, e.g. `not run at N = 2,000, 5,000: ROME, WISE`; empty if nothing is."""
     lacking = rows[rows["status"] != "finished"].assign(series=series_names(rows))
-    found: dict[tuple[str, str], list[str]] = {}
+    missing: dict[tuple[str, str], list[str]] = {}
     for (series, status), part in lacking.groupby(["series", "status"], sort=False):
         places = ", ".join(f"{n:,}" for n in sorted(part["n"].unique()))
-        found.setdefault((str(status), places), []).append(str(series))
-    return "; ".join(f"{status} at N = {places}: {', '.join(names)}" for (status, places), names in found.items())
+        missing.setdefault((str(status), places), []).append(str(series))
+    return "; ".join(f"{status} at N = {places}: {', '.join(names)}" for (status, places), names in missing.items())
 
 
 def series_names(rows: pd.DataFrame) -> "pd.Series[str]":
