@@ -2,83 +2,88 @@
 
     python benchmarks/codebook_growth.py --sizes 1000 10000 50000 100000
 
-The codebook is filled with random unit keys. `product` is one `B x m` by `m x C` product, measured alone: routing needs
-three of them (scores, retrieval, scores again), and what is left is what growth costs beside the product itself.
+The codebook is filled with random unit keys. `products` are three products of `B x m` by `m x C`, measured alone, the
+narrow keys widened as routing does it: routing needs as many (scores, retrieval, scores again). The rest is what growth
+costs beside them.
 """
 
-import argparse
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from common import cases, horen, model_and_tokenizer, what_ran
 from rich.console import Console
 from rich.table import Table
 
-from horen_bench.editors.horen.editor import HorenEditor
+from common import Pair, arguments, cases, fill, horen, model_and_tokenizer, seconds_of, what_ran
+from horen_bench.cases import EditCase
+from horen_bench.editors.codebook.hopfield import similarities
 from horen_bench.profiling import Stopwatch, peak_memory
 
 
-def fill(editor: HorenEditor, size: int) -> None:
-    """Random unit keys with zero values up to `size` entries."""
-    generator = torch.Generator().manual_seed(0)
-    width = editor.codebook.keys.shape[1]
-    for start in range(len(editor.codebook), size, 4096):
-        keys = torch.nn.functional.normalize(torch.randn(min(4096, size - start), width, generator=generator), dim=1)
-        for key in keys.to(editor.codebook.keys.device):
-            entry = editor.codebook.append(key, (0,), 1)
-            editor.codebook.set_value(entry, {name: torch.zeros(()) for name in editor.codebook.values})
+@dataclass(frozen=True, slots=True)
+class Growth:
+    """What a codebook of one size costs, in milliseconds.
+
+    Attributes:
+        edit: one edit, all in all.
+        products: the three products that its routing needs.
+        single: routing one query.
+        batched: routing one query of a batch.
+    """
+
+    edit: float
+    products: float
+    single: float
+    batched: float
+
+    @property
+    def rest(self) -> float:
+        """One edit apart from the products."""
+        return self.edit - self.products
 
 
-def seconds_of(action: object, repeats: int) -> float:
-    """Mean wall time of a call, after one to warm up."""
-    assert callable(action)
-    action()
+def growth(pair: Pair, model: str, size: int, edits: Sequence[EditCase], **changes: Any) -> Growth:
+    """Fill a codebook up to a size, with the first half of the edits to warm up, and measure on the second half."""
+    editor = horen(pair, model, **changes)
+    half = len(edits) // 2
+    editor.edit(edits[:half])
+    edits = edits[half:]
+    fill(editor, size)
+    queries = editor.queries([(1, 2, 3)] * 256)[: editor.block_size()]
+    keys = editor.codebook.keys
+    product = seconds_of(lambda: similarities(queries, keys), 5) / len(queries)
+    single = seconds_of(lambda: editor.match(queries[:1]), 5)
+    batched = seconds_of(lambda: editor.match(queries), 3) / len(queries)
     watch = Stopwatch()
-    for _ in range(repeats):
-        action()
-    return watch.elapsed() / repeats
+    editor.edit(edits)
+    seconds = watch.elapsed() / len(edits)
+    editor.detach()
+    return Growth(1000 * seconds, 3000 * product, 1000 * single, 1000 * batched)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Measure and print one table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="tiny")
-    parser.add_argument("--device", default="cpu")
+    parser = arguments(__doc__)
     parser.add_argument("--sizes", type=int, nargs="+", default=[1_000, 10_000, 50_000, 100_000, 300_000])
     parser.add_argument("--edits", type=int, default=256)
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     torch.set_num_threads(1)
     pair = model_and_tokenizer(options.model, options.device)
-    edits = cases(options.edits)
+    edits = cases(2 * options.edits)
     table = Table(
         "entries", "ms/edit", "products, ms/edit", "the rest", "rest / first", "one query, ms", "queries/s, batch"
     )
     table.title = f"{what_ran(options.model, options.device)}; {options.edits} edits, {time.strftime('%Y-%m-%d')}"
     first_rest = 0.0
     for size in options.sizes:
-        editor = horen(*pair, options.model, "parallel")
-        fill(editor, size)
-        queries = editor.queries([(1, 2, 3)] * 256)
-        keys = editor.codebook.keys
-        block = min(256, editor.block_size())
-        product = seconds_of(lambda: queries[:block] @ keys.T, 5) / block  # noqa: B023 - called at once
-        single = seconds_of(lambda: editor.match(queries[:1]), 5)  # noqa: B023
-        batch = seconds_of(lambda: editor.match(queries[:block]), 3) / block  # noqa: B023
-        watch = Stopwatch()
-        editor.edit(edits)
-        per_edit = 1000 * watch.elapsed() / len(edits)
-        rest = per_edit - 3 * 1000 * product
-        first_rest = first_rest or rest
-        editor.detach()
-        table.add_row(
-            f"{size:,}",
-            f"{per_edit:.2f}",
-            f"{3000 * product:.2f}",
-            f"{rest:.2f}",
-            f"{rest / first_rest:.2f}",
-            f"{1000 * single:.2f}",
-            f"{1 / batch:,.0f}",
-        )
+        # At random initialisation early stopping means nothing.
+        changes = {} if options.model == "tiny" else {"early_stopping": None}
+        at = growth(pair, options.model, size, edits, **changes)
+        first_rest = first_rest or at.rest
+        figures = (at.edit, at.products, at.rest, at.rest / first_rest, at.single)
+        table.add_row(f"{size:,}", *(f"{figure:.2f}" for figure in figures), f"{1000 / at.batched:,.0f}")
     table.caption = f"peak memory {peak_memory() / 2**20:.0f} MiB"
     Console().print(table)
 

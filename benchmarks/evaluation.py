@@ -1,65 +1,79 @@
-"""Questions per second at a checkpoint: asking everything, and asking only what the memory can have changed.
+"""Probes per second at a checkpoint: predicting all of them, and only those that the memory can have changed.
 
     python benchmarks/evaluation.py --edits 1000
 
-Both give the same answers, which is checked here as well.
+Both give the same predictions, which is checked here as well.
 """
 
-import argparse
 import time
+from collections.abc import Sequence
 
 import torch
-from common import cases, horen, model_and_tokenizer, what_ran
 from rich.console import Console
 from rich.table import Table
 
-from horen_bench.evaluation import Examiner, protocol_of, questions_about
+from common import arguments, cases, horen, model_and_tokenizer, what_ran
+from horen_bench.evaluation.probes import probes_of
+from horen_bench.evaluation.token_match import TokenMatchEvaluator, protocol_of
 from horen_bench.profiling import Stopwatch, peak_memory
+from horen_bench.prompts import PromptEncoder
+
+_ALONE = 50  # probes predicted one by one
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Measure and print one table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="tiny")
-    parser.add_argument("--device", default="cpu")
+    parser = arguments(__doc__)
     parser.add_argument("--edits", type=int, default=1000)
     parser.add_argument("--batch-size", type=int, default=64)
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     torch.set_num_threads(1)
-    model, tokenizer = model_and_tokenizer(options.model, options.device)
+    pair = model_and_tokenizer(options.model, options.device)
     edits = cases(options.edits)
-    questions = questions_about(edits)
-    examiner = Examiner(model, tokenizer, protocol_of("greedy", "generate"), options.batch_size)
-    base = examiner.ask(questions)
-    editor = horen(model, tokenizer, options.model, "parallel")
+    probes = probes_of(edits)
+    evaluator = TokenMatchEvaluator(
+        model=pair[0],
+        encoder=PromptEncoder(pair[1]),
+        batch_size=options.batch_size,
+        protocol=protocol_of("greedy", "generate"),
+    )
+    base = evaluator.predict(probes)
+    editor = horen(pair, options.model)
     editor.edit(edits)
 
     watch = Stopwatch()
-    everything = examiner.ask(questions)
+    everything = evaluator.predict(probes)
     all_seconds = watch.elapsed()
 
     watch = Stopwatch()
-    routes = editor.routes([question.prompt for question in questions])
-    asking = [i for i, route in enumerate(routes) if route is None or route.matched]
-    answers = dict(enumerate(base)) | dict(zip(asking, examiner.ask([questions[i] for i in asking]), strict=True))
+    routes = editor.routes([probe.prompt for probe in probes])
+    unknown = [i for i, route in enumerate(routes) if route is None or route.matched]
+    new = evaluator.predict([probes[i] for i in unknown])
+    predictions = dict(enumerate(base)) | dict(zip(unknown, new, strict=True))
     few_seconds = watch.elapsed()
 
     watch = Stopwatch()
-    for question in questions[:50]:
-        examiner.ask([question])
-    single = watch.elapsed() / 50
+    alone = probes[:_ALONE]
+    for probe in alone:
+        evaluator.predict([probe])
+    single = watch.elapsed() / len(alone)
+    editor.detach()
 
-    same = sum(answers[i] == answer for i, answer in enumerate(everything))
-    table = Table("way", "questions decoded", "seconds", "questions/s", "ratio to one by one")
-    table.title = f"{what_ran(options.model, options.device)}; {len(questions)} questions, {time.strftime('%Y-%m-%d')}"
+    same = sum(predictions[i] == prediction for i, prediction in enumerate(everything))
+    n_tokens = sum(len(prediction.ids) for prediction in everything)
+    table = Table("way", "probes decoded", "seconds", "probes/s", "ratio to one by one")
+    table.title = f"{what_ran(options.model, options.device)}; {len(probes)} probes, {time.strftime('%Y-%m-%d')}"
     for way, decoded, seconds in (
-        ("one by one (from 50)", len(questions), single * len(questions)),
-        ("everything, batched", len(questions), all_seconds),
-        ("what the memory can have changed", len(asking), few_seconds),
+        (f"one by one (from {len(alone)})", len(probes), single * len(probes)),
+        ("everything, batched", len(probes), all_seconds),
+        ("what the memory can have changed", len(unknown), few_seconds),
     ):
-        speed = len(questions) / seconds
+        speed = len(probes) / seconds
         table.add_row(way, f"{decoded}", f"{seconds:.1f}", f"{speed:,.0f}", f"{speed * single:.1f}x")
-    table.caption = f"same answers: {same} of {len(questions)}; peak memory {peak_memory() / 2**20:.0f} MiB"
+    table.caption = (
+        f"same predictions: {same} of {len(probes)}; batches of {options.batch_size}: {n_tokens / all_seconds:,.0f} "
+        f"tokens/s; peak memory {peak_memory() / 2**20:.0f} MiB"
+    )
     Console().print(table)
 
 

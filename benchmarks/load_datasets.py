@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -39,16 +39,16 @@ def generate(folder: Path, n_records: int) -> None:
 
 
 def _record(rng: random.Random, words: list[str]) -> dict[str, object]:
-    subject, other, answer = (" ".join(rng.choices(words, k=2)).title() for _ in range(3))
+    subject, other, target = (" ".join(rng.choices(words, k=2)).title() for _ in range(3))
     relation = " ".join(rng.choices(words, k=3))
     return {
         "tag": "new",
         "subject": subject,
         "update": f"What is the {relation} of {subject}?",
         "rephrase": f"Could you tell me what the {relation} of {subject} is?",
-        "ans": answer,
+        "ans": target,
         "relation": relation,
-        "object": answer,
+        "object": target,
         "subject_id": f"Q{rng.randrange(10**8)}",
         "loc": f"What is the {relation} of {other}?" if rng.random() < 0.95 else None,
         "loc_ans": " ".join(rng.choices(words, k=2)),
@@ -60,12 +60,12 @@ def _record(rng: random.Random, words: list[str]) -> dict[str, object]:
 
 def ours(folder: Path, n: int) -> int:
     """The project's loader: every record validated, cases built."""
-    return len(WikiBigEdit(str(folder), "keep").cases(n))
+    return len(WikiBigEdit(path=str(folder)).cases(n))
 
 
 def ours_head(folder: Path, n: int) -> int:
-    """The project's loader asked for the first 1,000 edits; the first file is validated as a whole."""
-    return len(WikiBigEdit(str(folder), "keep").cases(min(n, 1000)))
+    """The first 1,000 edits by the project's loader; the first file is validated as a whole."""
+    return len(WikiBigEdit(path=str(folder)).cases(min(n, 1000)))
 
 
 def plain(folder: Path, n: int) -> int:
@@ -100,7 +100,12 @@ def with_datasets(folder: Path, n: int) -> int:
     import datasets  # noqa: PLC0415
 
     files = [str(folder / f"wiki_big_edit_{step}.json") for step in TIME_STEPS]
-    table = datasets.load_dataset("json", data_files=files, split="train", cache_dir=str(folder / "cache"))
+    # Without types a field that is null in a file's first records is an error.
+    names = json.loads(Path(files[0]).read_text(encoding="utf-8"))[0]
+    features = datasets.Features({name: datasets.Value("string") for name in names})
+    table = datasets.load_dataset(
+        "json", data_files=files, split="train", cache_dir=str(folder / "cache"), features=features
+    )
     return sum(all(isinstance(row[field], str) for field in FIELDS[:4]) for row in table.select(range(n)))
 
 
@@ -120,13 +125,13 @@ def _measure(way: str, folder: Path, n: int) -> dict[str, float]:
     return measured
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Generate, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--records", type=int, default=500_000)
     parser.add_argument("--way", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     if options.way:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         started = time.perf_counter()
@@ -143,9 +148,11 @@ def main() -> None:
         results = {way: _measure(way, folder, options.records) for way in WAYS}
     title = f"{options.records:,} records, {megabytes:.0f} MiB, Python {platform.python_version()}"
     table = Table("way", "cases", "seconds", "peak MiB", "time / ours", title=title)
-    for way, one in results.items():
-        ratio = one["seconds"] / results["ours"]["seconds"]
-        table.add_row(way, f"{one['cases']:,.0f}", f"{one['seconds']:.1f}", f"{one['peak_mb']:.0f}", f"{ratio:.2f}")
+    for way, times in results.items():
+        ratio = times["seconds"] / results["ours"]["seconds"]
+        table.add_row(
+            way, f"{times['cases']:,.0f}", f"{times['seconds']:.1f}", f"{times['peak_mb']:.0f}", f"{ratio:.2f}"
+        )
     console.print(table)
 
 

@@ -7,19 +7,17 @@
 give the same shift. `forward and backward` is what remains without any solution: the floor of the method.
 """
 
-import argparse
 import time
+from collections.abc import Sequence
+from unittest.mock import patch
 
 import torch
-from common import cases, model_and_tokenizer, what_ran
-from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from common import arguments, cases, editor_of, model_and_tokenizer, model_spec, what_ran
 from horen_bench.cases import EditCase
-from horen_bench.config.compose import composed
-from horen_bench.config.settings import build_editor
 from horen_bench.editors.ultraedit import editor as ultraedit
 from horen_bench.editors.ultraedit.editor import Features, RowStatistics, Shift, UltraEditEditor
 from horen_bench.profiling import Stopwatch, peak_memory
@@ -30,15 +28,16 @@ def plain_form(features: Features, statistics: RowStatistics, learning_rate: flo
     inputs = features.inputs.float()
     normalized = statistics.normalized(features.joined)
     keys, gradients = normalized[:, : inputs.shape[1]], normalized[:, inputs.shape[1] :]
-    wanted = -learning_rate * keys.square().sum(dim=1, keepdim=True) * gradients
+    changes = -learning_rate * keys.square().sum(dim=1, keepdim=True) * gradients
     gram = inputs.T @ inputs + torch.eye(inputs.shape[1], device=inputs.device)
     left: Tensor = torch.linalg.solve(gram, inputs.T).T
-    return Shift(left, wanted)
+    return Shift(left, changes)
 
 
 def milliseconds_per_edit(editor: UltraEditEditor, edits: list[EditCase]) -> float:
-    """Wall time of `edit` after a warm-up; the weights are put back."""
-    editor.edit(edits[:4])
+    """Wall time of `edit` after the same edits to warm up; the weights are put back."""
+    editor.edit(edits)
+    editor.detach()
     watch = Stopwatch()
     editor.edit(edits)
     seconds = watch.elapsed()
@@ -48,31 +47,29 @@ def milliseconds_per_edit(editor: UltraEditEditor, edits: list[EditCase]) -> flo
 
 def milliseconds_of_features(editor: UltraEditEditor, edits: list[EditCase]) -> float:
     """Wall time of the forward and backward passes alone."""
-    samples = [sample for sample in map(editor._sample, edits) if sample]
+    sentences = [sentence for sentence in map(editor._sentence, edits) if sentence]
     watch = Stopwatch()
-    for sample in samples:
-        editor.batch_features([sample])
-    return 1000 * watch.elapsed() / len(samples)
+    for sentence in sentences:
+        editor.batch_features([sentence])
+    return 1000 * watch.elapsed() / len(sentences)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Measure and print one table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="tiny")
-    parser.add_argument("--device", default="cpu")
+    parser = arguments(__doc__)
     parser.add_argument("--edits", type=int, default=300)
     parser.add_argument("--modules", type=int, help="edit only the first so many modules")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     torch.set_num_threads(1)
-    config = OmegaConf.to_container(composed([f"model={options.model}", "method=ultraedit"]), resolve=True)
-    config["method"]["modules"] = config["method"]["modules"][: options.modules]  # type: ignore[index,call-overload]
     pair = model_and_tokenizer(options.model, options.device)
-    editor: UltraEditEditor = build_editor(config, *pair)  # type: ignore[arg-type,assignment]
+    modules = model_spec(options.model)["ultraedit"]["modules"][: options.modules]
+    editor = editor_of("ultraedit", pair, options.model, modules=modules)
+    assert isinstance(editor, UltraEditEditor)
     edits = cases(options.edits)
     smaller = milliseconds_per_edit(editor, edits)
     floor = milliseconds_of_features(editor, edits)
-    ultraedit.closed_form = plain_form
-    plain = milliseconds_per_edit(editor, edits)
+    with patch.object(ultraedit, "closed_form", plain_form):
+        plain = milliseconds_per_edit(editor, edits)
     table = Table("modules", "plain ms/edit", "smaller ms/edit", "ratio", "forward and backward ms", "edits/s")
     table.title = f"{what_ran(options.model, options.device)}; {options.edits} edits, {time.strftime('%Y-%m-%d')}"
     n = str(len(editor.pristine.weights))

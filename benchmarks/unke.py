@@ -1,33 +1,30 @@
 """Milliseconds per edit of UnKE's two engines, and where they go, on the same edits in one run; CPU time without a GPU.
 
     python benchmarks/unke.py                                    the embedded model, one CPU thread
-    python benchmarks/unke.py --answer 200                       answers of so many tokens
+    python benchmarks/unke.py --target-tokens 200                targets of so many tokens
     python benchmarks/unke.py --model llama31_8b --device cuda   a real shape at random initialisation
 
 `value` is stage 1, the target vector; `states` what is read at the block before stage 2; `block` its training.
 """
 
-import argparse
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
-from common import cases, model_and_tokenizer, what_ran
-from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 
+from common import arguments, cases, editor_of, model_and_tokenizer, what_ran
 from horen_bench.cases import EditCase
-from horen_bench.config.compose import composed
-from horen_bench.config.settings import build_editor
-from horen_bench.editors.unke import UnkeEditor
+from horen_bench.editors.base import Editor
 from horen_bench.profiling import peak_memory
 
-STAGES = {"_target_vectors": "value", "lessons": "states", "_train": "block"}
+STAGES = {"_target_vectors": "value", "block_targets": "states", "_train": "block"}
 
 
-def measured(editor: UnkeEditor, edits: list[EditCase]) -> dict[str, float]:
+def measured(editor: Editor[Any], edits: list[EditCase]) -> dict[str, float]:
     """Milliseconds per edit after a warm-up, in all and by stage; the parameters are put back."""
     editor.edit(edits[:1])
     spent = dict.fromkeys(STAGES.values(), 0.0)
@@ -61,33 +58,28 @@ def timed(method: Any, spent: dict[str, float], stage: str) -> Any:
 
 
 def lengthened(case: EditCase, tokenizer: Any, n_tokens: int) -> EditCase:
-    """The case with its answer repeated up to so many tokens."""
+    """The case with its target repeated up to so many tokens."""
     n_repeats = 1 + n_tokens // len(tokenizer(f" {case.target}", add_special_tokens=False)["input_ids"])
     return replace(case, target=" ".join([case.target] * n_repeats))
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Measure and print one table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="tiny")
-    parser.add_argument("--device", default="cpu")
+    parser = arguments(__doc__)
     parser.add_argument("--edits", type=int, default=20)
-    parser.add_argument("--answer", type=int, help="tokens of an answer; without it the answers are those of the facts")
-    options = parser.parse_args()
+    parser.add_argument("--target-tokens", type=int, help="of each target; without it targets are those of the facts")
+    options = parser.parse_args(argv)
     torch.set_num_threads(1)
-    config: Any = OmegaConf.to_container(composed([f"model={options.model}", "method=unke"]), resolve=True)
-    config["method"]["preservation"]["corpus"] = "embedded:tiny/preservation.txt"
-    model, tokenizer = model_and_tokenizer(options.model, options.device)
+    pair = model_and_tokenizer(options.model, options.device)
     edits = cases(options.edits)
-    if options.answer:
-        edits = [lengthened(case, tokenizer, options.answer) for case in edits]
+    if options.target_tokens:
+        edits = [lengthened(case, pair[1], options.target_tokens) for case in edits]
+    preservation = {"corpus": "embedded:tiny/preservation.txt"}
     table = Table("engine", "ms/edit", *(f"{stage} ms" for stage in STAGES.values()))
     table.title = f"{what_ran(options.model, options.device)}; {options.edits} edits, {time.strftime('%Y-%m-%d')}"
     for engine in ("sequential", "cached"):
-        config["method"]["engine"] = engine
-        editor: UnkeEditor = build_editor(config, model, tokenizer)  # type: ignore[assignment]
-        found = measured(editor, edits)
-        table.add_row(engine, f"{found['all']:.0f}", *(f"{found[stage]:.0f}" for stage in STAGES.values()))
+        times = measured(editor_of("unke", pair, options.model, engine=engine, preservation=preservation), edits)
+        table.add_row(engine, f"{times['all']:.0f}", *(f"{times[stage]:.0f}" for stage in STAGES.values()))
     table.caption = f"peak memory {peak_memory() / 2**20:.0f} MiB"
     Console().print(table)
 

@@ -8,30 +8,27 @@ the plain engine, over the largest change that an edit made, after ten steps: at
 steps amplify rounding, whatever computes them. CPU time is what counts on a machine that others use too.
 """
 
-import argparse
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from common import cases, model_and_tokenizer, what_ran
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from common import Pair, arguments, cases, editor_of, model_and_tokenizer, what_ran
 from horen_bench.cases import EditCase
-from horen_bench.config.compose import composed
-from horen_bench.config.settings import build_editor, resolved
-from horen_bench.editors.wise import WiseEditor
+from horen_bench.editors.wise.editor import WiseEditor
 from horen_bench.profiling import Stopwatch, peak_memory
 
 _PUBLISHED = 3327  # ms per edit of the published code on a prototype of the embedded model, one CPU thread
 
 
-def wise(pair: tuple[Any, Any], name: str, engine: str, shards_at_once: int, *more: str) -> WiseEditor:
+def wise(pair: Pair, name: str, engine: str, shards_at_once: int, **changes: Any) -> WiseEditor:
     """WISE as `conf/` sets it for a model, but for shards of one edit, which are never merged."""
-    shards = [f"method.shards_at_once={shards_at_once}", "method.save_freq=1", "method.merge_freq=1000000"]
-    config = resolved(composed([f"model={name}", "method=wise", f"method.engine={engine}", *shards, *more]))
-    editor = build_editor(config, *pair)
+    shards = {"shards_at_once": shards_at_once, "save_freq": 1, "merge_freq": 1_000_000}
+    editor = editor_of("wise", pair, name, engine=engine, **shards, **changes)
     assert isinstance(editor, WiseEditor)
     return editor
 
@@ -51,18 +48,16 @@ def changes(editor: WiseEditor, edits: list[EditCase]) -> Tensor:
     """What each edit adds to the weight."""
     editor.edit(edits)
     editor.detach()
-    return torch.stack([one.weight - editor._linear.weight for one in editor.memories])
+    return torch.stack([memory.weight - editor.weights.base for memory in editor.weights.stored])
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Measure and print one table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="tiny")
-    parser.add_argument("--device", default="cpu")
+    parser = arguments(__doc__)
     parser.add_argument("--edits", type=int, default=48, help="of the cached engine")
     parser.add_argument("--plain-edits", type=int, default=4, help="of the plain engine, which is slow")
     parser.add_argument("--shards", type=int, nargs="*", default=[2, 4, 8], help="numbers of shards side by side")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     torch.set_num_threads(1)
     pair = model_and_tokenizer(options.model, options.device)
     edits, few = cases(options.edits), cases(options.plain_edits)
@@ -72,10 +67,10 @@ def main() -> None:
     expected = torch.zeros(0)
     for engine, at_once in (("sequential", 1), *(("cached", n) for n in (1, *options.shards))):
         built = (pair, options.model, engine, at_once)
-        wall, processor, steps = found = milliseconds(wise(*built), few if engine == "sequential" else edits)
-        moved = changes(wise(*built, "method.n_steps=10"), few)
+        wall, processor, steps = times = milliseconds(wise(*built), few if engine == "sequential" else edits)
+        moved = changes(wise(*built, n_steps=10), few)
         if engine == "sequential":
-            plain, expected = found, moved
+            plain, expected = times, moved
         published = f"{_PUBLISHED / processor:.1f}x" if options.model == "tiny" else "--"
         difference = float((moved - expected).abs().max() / expected.abs().max())
         label = engine if at_once == 1 else f"{engine}, {at_once} shards"
