@@ -56,5 +56,5 @@ def test_the_unpacked_wheel_finds_its_own_files_and_runs(unpacked: Path, tmp_pat
     )
     assert done.returncode == 0, done.stderr
     package = unpacked / "horen_bench"
-    assert done.stdout.splitlines()[:3] == [str(package / name) for name in ("resources.py", "conf", "data")]
+    assert done.stdout.splitlines()[:3] == [str(package / name) for name in ("paths.py", "conf", "data")]
     assert list(tmp_path.glob("out/runs/tiny-horen-facts-*/checkpoints.csv"))
