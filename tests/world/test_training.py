@@ -17,7 +17,7 @@ from horen_bench.errors import UserError
 from horen_bench.world import RELATIONS, World
 from horen_bench.world import training as tiny
 from horen_bench.world.passages import known_facts, passage
-from horen_bench.world.training import build, build_model, build_tokenizer, exam, recall, tiny_dir, train
+from horen_bench.world.training import build, build_model, build_tokenizer, recall, recall_probes, tiny_dir, train
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -72,7 +72,7 @@ def test_tokenizer_gives_any_text_back(text: str, tokenizer: PreTrainedTokenizer
 
 
 def test_prompt_and_answer_tokenise_as_they_do_together(tokenizer: PreTrainedTokenizerFast) -> None:
-    for probe in sample(exam(World())["trained"], 50) + sample(World().questions, 50):
+    for probe in sample(recall_probes(World())["trained"], 50) + sample(World().questions, 50):
         apart = tokenizer(probe.prompt)["input_ids"]
         apart += tokenizer(f" {probe.answer}", add_special_tokens=False)["input_ids"]
         assert tokenizer(f"{probe.prompt} {probe.answer}")["input_ids"] == apart
@@ -224,7 +224,7 @@ def test_the_shipped_model_knows_what_its_training_report_says(
     family: str, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     report = json.loads((tiny_dir() / "training.json").read_text(encoding="utf-8"))
-    share = recall(model, tokenizer, sample(exam(World(), seed=1)[family]))
+    share = recall(model, tokenizer, sample(recall_probes(World(), seed=1)[family]))
     assert share > report["recall"][family] - 0.04
 
 

@@ -136,7 +136,7 @@ def recall(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, question
     return right / len(questions)
 
 
-def exam(world: World, seed: int = 0) -> dict[str, list[Probe]]:
+def recall_probes(world: World, seed: int = 0) -> dict[str, list[Probe]]:
     """What a model of this world should know: each fact in a trained and a held-out wording, trivia, and passages."""
     rng = random.Random(f"exam {seed}")
     subjects = world.trained()
@@ -173,7 +173,7 @@ def build(seed: int, out: Path, steps: int = STEPS, world: World | None = None) 
         "steps": steps,
         "parameters": model.num_parameters(),
         "final_loss": losses,
-        "recall": {name: recall(saved, tokenizer, questions) for name, questions in exam(world).items()},
+        "recall": {name: recall(saved, tokenizer, questions) for name, questions in recall_probes(world).items()},
         "cpu_seconds": round(cpu_seconds),
     }
     (out / "training.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
