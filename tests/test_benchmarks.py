@@ -20,6 +20,7 @@ _ARGUMENTS = {
     "key_dtype": "--entries 4",
     "load_datasets": "--records 16",
     "rewriting": "--edits 1 --methods rome ft_m",
+    "startup": "--edits 1 --repeats 1",
     "ultraedit": "--edits 2",
     "unke": "--edits 1 --target-tokens 4",
     "wise": "--edits 1 --plain-edits 1 --shards 2",
