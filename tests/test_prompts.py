@@ -252,3 +252,39 @@ def test_a_tokenizer_without_a_template_is_refused(golden_tokenizer: PreTrainedT
         "template=model: the tokenizer of this model brings no chat template; write template=none, or choose a model "
         "that was trained to chat"
     )
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{{ raise_exception('only system turns') }}", "TemplateError: only system turns"),
+        ("{% if %}", "TemplateSyntaxError: "),
+        ("{{ a.b.c }}", "UndefinedError: 'a' is undefined"),
+        ("{{ ''.__class__.__mro__ }}", "SecurityError: "),
+        ("{{ 1 / 0 }}", "ZeroDivisionError: "),
+        ("{% for i in range(10 ** 9) %}x{% endfor %}", "OverflowError: Range too big"),
+    ],
+)
+def test_a_template_that_fails_is_refused_before_it_is_used(
+    template: str, reason: str, golden_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    golden_tokenizer.chat_template = template
+    with pytest.raises(UserError, match=r"^template=model: the chat template of this model fails") as caught:
+        PromptEncoder(golden_tokenizer, "model")
+    assert f"({reason}" in str(caught.value)
+    assert "write template=none, or mend" in str(caught.value)
+
+
+@pytest.mark.parametrize("template", ["the same for all", "{{ messages[0]['content'][:10] }}", " "])
+def test_a_template_that_leaves_the_prompt_out_is_refused(
+    template: str, golden_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    golden_tokenizer.chat_template = template
+    with pytest.raises(UserError, match="leaves the prompt out"):
+        PromptEncoder(golden_tokenizer, "model")
+
+
+def test_a_template_that_fails_for_some_prompts_names_the_prompt(golden_tokenizer: PreTrainedTokenizerBase) -> None:
+    golden_tokenizer.chat_template = "{% if '?' in messages[0]['content'] %}{{ 1 / 0 }}{% endif %}" + TEMPLATE
+    with pytest.raises(UserError, match=r"fails for the prompt 'Who founded Brightwater\?' \(ZeroDivisionError"):
+        PromptEncoder(golden_tokenizer, "model").prompts([PROMPT])

@@ -33,6 +33,9 @@ from horen_bench.errors import UserError
 Side = Literal["left", "right"]
 Template = Literal["none", "model"]
 
+_TRIAL = "The river through Brightwater is called"
+_OTHER_TEMPLATE = "write template=none, or mend its chat_template.jinja"
+
 # Scoped to the `with` block and to the thread that opens it: two models never see each other's prompts.
 _announced: ContextVar[Tensor | None] = ContextVar("announced_prompt", default=None)
 
@@ -76,7 +79,8 @@ class PromptEncoder:
         template: `none`: bare prompts; `model`: every prompt is one user turn of the tokenizer's chat template.
 
     Raises:
-        UserError: `template="model"`, and the tokenizer has no chat template.
+        UserError: `template="model"`, and the tokenizer has no chat template, or one that fails or leaves the
+            prompt out.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, template: Template = "none") -> None:
@@ -87,6 +91,11 @@ class PromptEncoder:
             )
         self.tokenizer = tokenizer
         self.template = template
+        if self._chats and _TRIAL not in self._as_turn(_TRIAL):
+            raise UserError(
+                "template=model: the chat template of this model leaves the prompt out, so that all prompts would be "
+                f"the same; {_OTHER_TEMPLATE}"
+            )
 
     @classmethod
     def of(cls, given: "PreTrainedTokenizerBase | PromptEncoder") -> "PromptEncoder":
@@ -157,9 +166,20 @@ class PromptEncoder:
         return EncodedEdit(tuple(prompt_ids), tuple(target_ids))
 
     def _as_turn(self, prompt: str) -> str:
-        """The prompt as one user turn, up to where the answer begins."""
+        """The prompt as one user turn, up to where the answer begins.
+
+        Raises:
+            UserError: the template fails.
+        """
         messages = [{"role": "user", "content": prompt}]
-        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        try:
+            return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        except Exception as error:  # a template is a program, which can fail in any way
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            raise UserError(
+                f"template=model: the chat template of this model fails for the prompt {prompt[:60]!r} ({reason}); "
+                f"{_OTHER_TEMPLATE}"
+            ) from error
 
     def _ids(self, texts: Sequence[str], *, special: bool) -> list[list[int]]:
         if not texts:

@@ -1,8 +1,9 @@
 """Scores by a second model: found on this machine, loaded once, and missing without harm."""
 
+import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ import huggingface_hub.constants
 import pytest
 from bert_score.utils import sent_encode
 from huggingface_hub import HfApi
+from safetensors.torch import load_file, save_file
 from tokenizers.pre_tokenizers import ByteLevel
-from transformers import RobertaTokenizer
+from transformers import BertConfig, BertModel, BertTokenizer, RobertaTokenizer
 
 from horen_bench.metrics import similarity
 from horen_bench.metrics.similarity import BertScoreF1, MiniLmCosine, free_device, located, with_prefix_space
@@ -101,6 +103,66 @@ def test_bert_score_needs_a_model_whose_layer_is_known(tmp_path: Path) -> None:
     score = BertScoreF1(str(tmp_path), "cpu", 4)
     assert math.isnan(score(["a"], ["a"])[0])
     assert f"knows no layer for a model named {tmp_path.name}" in str(score.problem)
+
+
+@pytest.fixture
+def small_bert(tmp_path: Path) -> Path:
+    """A random encoder under a name that `bert-score` knows a layer of."""
+    folder = tmp_path / "distilbert-base-uncased"
+    sizes: Any = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 5, "num_attention_heads": 2}
+    BertModel(BertConfig(vocab_size=12, **sizes)).save_pretrained(folder)
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "b"]
+    BertTokenizer(vocab={piece: i for i, piece in enumerate(pieces)}, model_max_length=64).save_pretrained(folder)
+    return folder
+
+
+def rewrite(folder: Path, edit: Callable[[dict[str, Any]], object]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+QUERY = "encoder.layer.1.attention.self.query.weight"
+
+
+def test_a_pooling_layer_may_be_missing_or_other_weights_be_left_over(small_bert: Path) -> None:
+    rewrite(small_bert, lambda t: (t.pop("pooler.dense.weight"), t.update(decoder=t["pooler.dense.bias"].clone())))
+    score = BertScoreF1(str(small_bert), "cpu", 4)
+    assert score(["a"], ["a"])[0] == pytest.approx(1.0)
+    assert score.problem is None
+
+
+@pytest.mark.parametrize(
+    ("edit", "reason"),
+    [
+        (lambda t: t.pop(QUERY), f"lack {QUERY}"),
+        (lambda t: t[QUERY][0:1, 0].fill_(math.nan), f"weights that are not finite in float32 ({QUERY})"),
+    ],
+)
+def test_a_damaged_second_model_gives_no_score(
+    edit: Callable[[dict[str, Any]], object], reason: str, small_bert: Path
+) -> None:
+    rewrite(small_bert, edit)
+    score = BertScoreF1(str(small_bert), "cpu", 4)
+    assert math.isnan(score(["a"], ["a"])[0])
+    assert reason in str(score.problem)
+
+
+@pytest.mark.parametrize("kind", [MiniLmCosine, BertScoreF1])
+def test_a_second_model_never_runs_code_of_its_own(
+    kind: Any, small_bert: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`bert-score` would leave it to transformers to offer that on stdin."""
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    ran = small_bert.parent / "ran"
+    code = f"from pathlib import Path\nfrom transformers import BertConfig as Mine\nPath({str(ran)!r}).touch()\n"
+    (small_bert / "mine.py").write_text(code)
+    config = {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Mine"}}
+    (small_bert / "config.json").write_text(json.dumps(config))
+    score = kind(str(small_bert), "cpu", 4)
+    assert math.isnan(score(["a"], ["a"])[0])
+    assert score.problem is not None
+    assert not ran.exists()
 
 
 def test_a_folder_is_taken_as_it_is_and_the_hub_is_asked_at_most_once(

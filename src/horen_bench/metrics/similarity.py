@@ -15,8 +15,10 @@ from typing import ClassVar
 import torch
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
-from transformers import AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerBase, RobertaTokenizer
+from transformers import AutoModel, AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerBase, RobertaTokenizer
 
+from horen_bench.errors import UserError
+from horen_bench.models.pretrained import pretrained, refuse_non_finite, whole_model
 from horen_bench.progress import quiet_transformers
 
 Compare = Callable[[Sequence[str], Sequence[str]], list[float]]
@@ -57,10 +59,9 @@ class Similarity(ABC):
                 self._compare = self.loaded(located(self.model))
         except Exception as error:  # a score that is missing must not cost the run, whatever the reason
             reason = " ".join(str(error).split())[:200] or type(error).__name__
-            self.problem = (
-                f"{self.name} is missing: {self.model} cannot be loaded ({reason}); give its folder with "
-                f"{self.setting}= and run again with force=true"
-            )
+            sentence = str(error) if isinstance(error, UserError) else f"{self.model} cannot be loaded ({reason})"
+            advice = f"give its folder with {self.setting}= and run again with force=true"
+            self.problem = f"{self.name} is missing: {sentence}; {advice}"
 
     @abstractmethod
     def loaded(self, folder: str) -> Compare:
@@ -77,7 +78,10 @@ class MiniLmCosine(Similarity):
         """Mean-pooled embeddings of `sentence-transformers`."""
         from sentence_transformers import SentenceTransformer  # noqa: PLC0415 - seconds that only long answers need
 
-        encoder = SentenceTransformer(folder, device=self.device)
+        check_folder(folder)
+        encoder = SentenceTransformer(
+            folder, device=self.device, trust_remote_code=False, model_kwargs={"use_safetensors": True}
+        )
 
         def compare(predictions: Sequence[str], references: Sequence[str]) -> list[float]:
             first, second = (
@@ -108,6 +112,7 @@ class BertScoreF1(Similarity):
         name = Path(self.model).name
         if name not in model2layers:
             raise ValueError(f"bert-score knows no layer for a model named {name}")
+        check_folder(folder)
         scorer = BERTScorer(folder, num_layers=model2layers[name], device=self.device)
         scorer._tokenizer = with_prefix_space(folder)
 
@@ -128,13 +133,23 @@ def with_prefix_space(folder: str) -> PreTrainedTokenizerBase:
 
     `bert-score` sets that on RoBERTa's and GPT-2's on each call, which transformers 5 ignores.
     """
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    tokenizer: PreTrainedTokenizerBase = pretrained(AutoTokenizer, folder)
     if not isinstance(tokenizer, RobertaTokenizer | GPT2Tokenizer):
         return tokenizer
-    spaced: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-        folder, add_prefix_space=True, trust_remote_code=False
-    )
+    spaced: PreTrainedTokenizerBase = pretrained(AutoTokenizer, folder, add_prefix_space=True)
     return spaced
+
+
+def check_folder(folder: str) -> None:
+    """Load a model once as the project loads models, and drop it, before a library loads it its own way.
+
+    `bert-score` offers to run a model's code, and neither library minds weights that are missing or not finite.
+
+    Raises:
+        Exception: the model needs code of its own, or is damaged.
+    """
+    pretrained(AutoTokenizer, folder)
+    refuse_non_finite(whole_model(AutoModel, folder, part=True), folder)
 
 
 def located(model: str) -> str:

@@ -9,14 +9,14 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from horen_bench.config.schema import ModelConfig
 from horen_bench.errors import UserError
-from horen_bench.models.weights import model_source
+from horen_bench.models.pretrained import bare_model, pretrained
+from horen_bench.models.weights import check_settings, model_source
 
 
 def skeleton(architecture: Mapping[str, Any]) -> PreTrainedModel:
@@ -48,31 +48,28 @@ def skeleton(architecture: Mapping[str, Any]) -> PreTrainedModel:
             hint = _nearest(key, defaults.to_dict()) or "config.json on the model's hub page has the names"
             raise UserError(f"model.architecture.{key}: '{model_type}' has no such argument; {hint}")
     try:
-        with torch.device("meta"):
-            config = AutoConfig.for_model(model_type, **values)
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+        return bare_model(AutoConfig.for_model(model_type, **values))
     except Exception as error:  # each architecture checks its own arguments and raises what it likes
         reason = traceback.format_exception_only(error)[-1].splitlines()[-1].strip()
         raise UserError(
             f"model.architecture: transformers cannot build a '{model_type}' from these values ({reason})"
         ) from error
-    return model
 
 
 def folder_skeleton(folder: Path) -> PreTrainedModel:
     """Like `skeleton`, for the `config.json` of a local model folder.
 
     Raises:
-        UserError: no readable `config.json` of a causal language model.
+        UserError: no readable `config.json` of a causal language model, or one that needs code of its own.
     """
+    check_settings(folder)
     try:
-        config = AutoConfig.from_pretrained(folder)
-        with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
-    except (OSError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())[:200]
+        return bare_model(pretrained(AutoConfig, folder))
+    except UserError:
+        raise
+    except Exception as error:  # as above
+        reason = " ".join(traceback.format_exception_only(error)[-1].split())[:200]
         raise UserError(f"model.hub_id={folder}: no causal language model to load here ({reason})") from error
-    return model
 
 
 def without_weights(model: ModelConfig) -> PreTrainedModel | None:

@@ -1,20 +1,26 @@
 """Loading a causal language model and its tokenizer, from the hub, a local folder, or the package itself."""
 
-import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from horen_bench.errors import UserError
-from horen_bench.models.weights import model_source
+from horen_bench.models.memory import out_of_memory_in
+from horen_bench.models.pretrained import pretrained, refuse_non_finite, whole_model
+from horen_bench.models.weights import check_settings, model_source, weights_fingerprint
 from horen_bench.progress import quiet_transformers
 from horen_bench.prompts import PromptEncoder, Template
 
-_HASHED_BYTES = 1 << 20  # of each end of a file; a whole checkpoint would take minutes
-_LOAD_ERRORS = (OSError, ValueError, HfHubHTTPError)
+_LESS_MEMORY = (
+    "write model.dtype=bfloat16, spread the model over all GPUs with model.device_map=auto, choose another device=, or "
+    "a smaller model"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +30,7 @@ class LoadedModel:
     Attributes:
         model: no parameter requires a gradient.
         encoder: of its tokenizer, which is as published.
-        fingerprint: a hash that changes with the weights or the dtype; names stored base predictions.
+        fingerprint: `weights_fingerprint`, which changes with all that changes what the model says.
     """
 
     model: PreTrainedModel
@@ -57,27 +63,26 @@ def load_model(
         template: of prompts; a missing one is refused before weights are read.
 
     Raises:
-        UserError: no such dtype, device or template, or the files are missing, gated, or not safetensors.
+        UserError: no such dtype, device or template; the files are missing, gated, damaged, not safetensors or not
+            those of one model; a weight is not finite; or memory ran out.
     """
     source = model_source(hub_id)
+    weights_dtype, place = _dtype(dtype), None if device_map else _device(device)
     encoder = PromptEncoder(load_tokenizer(hub_id, revision), template)
-    try:
-        with quiet_transformers():
-            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-                source,
-                dtype=_dtype(dtype),
-                device_map=device_map,
-                use_safetensors=True,
-                revision=revision,
-                trust_remote_code=False,
-            )
-    except _LOAD_ERRORS as error:
-        raise UserError(_why_not_loaded(hub_id, error)) from error
-    if device_map is None:
-        model.to(_device(device))  # type: ignore[arg-type]  # torch's own overloads confuse the stub
+    with _in_words(hub_id), quiet_transformers():
+        model = whole_model(AutoModelForCausalLM, source, dtype=weights_dtype, device_map=device_map, revision=revision)
+        if place is not None:
+            model.to(place)  # type: ignore[arg-type]  # torch's own overloads confuse the stub
+        refuse_non_finite(model, source)
     model.requires_grad_(False)
     model.eval()
-    return LoadedModel(model, encoder, f"{_weights_hash(source, model)}-{dtype}")
+    fingerprint = weights_fingerprint(hub_id, dtype, revision)
+    if fingerprint is None:
+        raise UserError(
+            f"{hub_id} is not in the hub's cache by a commit, which would name its weights in the results; download it "
+            "to a folder and give that with model.hub_id=/path/to/folder"
+        )
+    return LoadedModel(model, encoder, fingerprint)
 
 
 def load_tokenizer(hub_id: str, revision: str | None = None) -> PreTrainedTokenizerBase:
@@ -86,12 +91,11 @@ def load_tokenizer(hub_id: str, revision: str | None = None) -> PreTrainedTokeni
     Raises:
         UserError: as `load_model`.
     """
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            model_source(hub_id), revision=revision, trust_remote_code=False
-        )
-    except _LOAD_ERRORS as error:
-        raise UserError(_why_not_loaded(hub_id, error)) from error
+    source = model_source(hub_id)
+    if Path(source).is_dir():
+        check_settings(Path(source))
+    with _in_words(hub_id, "its tokenizer: "):
+        tokenizer: PreTrainedTokenizerBase = pretrained(AutoTokenizer, source, revision=revision)
     return tokenizer
 
 
@@ -104,7 +108,8 @@ def default_device() -> str:
 
 def _dtype(name: str) -> torch.dtype:
     dtype = getattr(torch, name, None)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+    # One byte is too little to compute with: no layer takes such numbers.
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or dtype.itemsize < 2:
         raise UserError(f"model.dtype={name} is no floating-point dtype; write float32, bfloat16 or float16")
     return dtype
 
@@ -119,7 +124,23 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _why_not_loaded(hub_id: str, error: Exception) -> str:
+@contextmanager
+def _in_words(hub_id: str, part: str = "") -> Iterator[None]:
+    """Within the block, whatever keeps a model's files from being read is a sentence.
+
+    Transformers checks little of what it reads, each architecture raises what it likes, and tokenizers raises plain
+    `Exception`.
+    """
+    try:
+        with out_of_memory_in(f"{hub_id} was loaded", _LESS_MEMORY):
+            yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(_why_not_loaded(hub_id, part, error)) from error
+
+
+def _why_not_loaded(hub_id: str, part: str, error: Exception) -> str:
     chain = [error, error.__cause__, error.__context__]
     if any(isinstance(link, GatedRepoError) for link in chain):
         return f"{hub_id} is gated: accept its licence on huggingface.co, then run `hf auth login`"
@@ -128,23 +149,23 @@ def _why_not_loaded(hub_id: str, error: Exception) -> str:
             f"{hub_id} is not in the local cache and huggingface.co cannot be reached; download it elsewhere "
             "and give its folder with model.hub_id=/path/to/folder"
         )
-    reason = " ".join(str(error).split())
+    reason = " ".join(str(error).split())[:200] or type(error).__name__
+    if isinstance(error, KeyError | AttributeError | TypeError):  # whose text alone says little
+        reason = f"{type(error).__name__}: {reason}"
+    damaged = _damaged_files(Path(model_source(hub_id))) if isinstance(error, SafetensorError) else ""
     return (
-        f"{hub_id} cannot be loaded ({reason[:200]}); give a hub id or a folder with config.json, "
-        "tokenizer files and *.safetensors in model.hub_id="
+        f"{hub_id} cannot be loaded ({part}{damaged}{reason}); give a hub id or a folder with config.json, tokenizer "
+        "files and *.safetensors in model.hub_id="
     )
 
 
-def _weights_hash(source: str, model: PreTrainedModel) -> str:
-    """The hub commit where there is one, else a hash over the size and both ends of every file of a folder."""
-    commit = getattr(model.config, "_commit_hash", None)
-    if commit:
-        return str(commit)[:16]
-    digest = hashlib.sha256()
-    for path in sorted(path for path in Path(source).iterdir() if path.suffix in (".safetensors", ".json")):
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            head = file.read(_HASHED_BYTES)
-            file.seek(max(0, size - _HASHED_BYTES))
-            digest.update(f"{path.name} {size}".encode() + head + file.read())
-    return digest.hexdigest()[:16]
+def _damaged_files(folder: Path) -> str:
+    """The names of a folder's safetensors files that cannot be opened, as the beginning of a reason."""
+    damaged = []
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, "pt"):
+                pass
+        except (SafetensorError, OSError):
+            damaged.append(path.name)
+    return f"{', '.join(damaged)}: " if damaged else ""

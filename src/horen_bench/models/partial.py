@@ -22,6 +22,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from horen_bench.models.architecture import decoder_layer_index
 from horen_bench.models.hooks import inputs_of, outputs_of, patched_output
+from horen_bench.models.memory import is_out_of_memory
 from horen_bench.prompts import EncodedEdit
 
 _NO_TARGET = -100
@@ -149,6 +150,10 @@ class UpperLayers:
         """Where the wrapped module's output is."""
         return next(self._module.parameters()).device
 
+    def bytes_of_weights(self) -> int:
+        """The memory of the model's parameters; shared ones count once."""
+        return sum(parameter.nbytes for parameter in self._model.parameters())
+
     def bytes_per_edit(self) -> int:
         """A generous guess of the memory of one edit in training: states, activations of a step, logits."""
         config = self._model.config.get_text_config()
@@ -270,6 +275,8 @@ class UpperLayers:
             states = self.prepare(edits)
             ours = self._head(self._run(states, torch.zeros_like(states.module_output)))
         except (TypeError, AttributeError, RuntimeError, ValueError) as error:
+            if is_out_of_memory(error):
+                raise
             raise NotSupportedError(f"{type(self._decoder).__name__}: {error}") from error
         for row, edit in enumerate(edits):
             tokens = torch.tensor([edit.ids[:-1]], device=self._model.device)

@@ -147,6 +147,11 @@ def all_finite(*tensors: Tensor) -> bool:
     return all(math.isfinite(float(tensor.detach().abs().sum())) for tensor in tensors)
 
 
+def bounded(*tensors: Tensor) -> bool:
+    """Whether the Euclidean length of each is a finite number in float32; outputs of a longer weight are not."""
+    return all(bool(torch.linalg.vector_norm(x.detach(), dtype=torch.float32).isfinite()) for x in tensors)
+
+
 def _weight(module: nn.Module, named: str) -> nn.Parameter:
     weight = getattr(module, "weight", None)
     if not isinstance(weight, nn.Parameter) or weight.dim() != 2:

@@ -27,6 +27,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from horen_bench.cases import Probe
 from horen_bench.errors import UserError
+from horen_bench.models.pretrained import pretrained
 from horen_bench.paths import resource
 from horen_bench.world import Subject, World, pick
 from horen_bench.world.passages import QUESTIONS, known_facts, passage
@@ -167,7 +168,7 @@ def build(seed: int, out: Path, steps: int = STEPS, world: World | None = None) 
     cpu_seconds = time.process_time() - begun
     model.bfloat16().save_pretrained(out)
     tokenizer.save_pretrained(out)
-    saved = LlamaForCausalLM.from_pretrained(out, dtype=torch.float32)
+    saved: LlamaForCausalLM = pretrained(LlamaForCausalLM, out, dtype=torch.float32)
     report = {
         "seed": seed,
         "steps": steps,

@@ -10,6 +10,7 @@ import hashlib
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,8 +29,11 @@ from horen_bench.editors.shared.config import StatisticsConfig
 from horen_bench.editors.shared.corpora import read_corpus
 from horen_bench.errors import UserError
 from horen_bench.models.architecture import decoder_layer_index
+from horen_bench.models.file_hashes import sha256_of
 from horen_bench.models.hooks import ending_at, inputs_of
 from horen_bench.models.surgery import all_finite
+from horen_bench.models.weights import EMBEDDED
+from horen_bench.paths import resource
 from horen_bench.prompts import Batch, PromptEncoder, pad
 from horen_bench.results.atomic import replacing
 
@@ -37,7 +41,9 @@ _GROUP = 100  # texts that are sorted by length together
 _BATCH_TOKENS = 8192  # padded tokens of a forward pass; the sums do not depend on it
 _MOST_BAD = 5  # texts with non-finite activations
 _SAVE_EVERY = 60.0  # seconds between saves of a pass; a slow save is repeated less often
-_HASHED = 512  # numbers of each end of a parameter
+_HASHED = 1 << 24  # numbers of a parameter that are copied to the host at once
+_HASHING_THREADS = 4  # hashing leaves the interpreter's lock
+_UNSAID = ("transformers_version", "_name_or_path", "architectures", "dtype")  # of a configuration; no moment's matter
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +79,8 @@ def second_moments(
         folder = Path(statistics.published).expanduser()
         return {path: _checked(read_published(folder, path), model, path) for path in paths}
     cache = cache_folder(statistics)
-    files = {path: cache / f"{cache_key(model, encoder, path, statistics)}.safetensors" for path in paths}
+    keys = cache_keys(model, encoder, paths, statistics)
+    files = {path: cache / f"{key}.safetensors" for path, key in keys.items()}
     moments = {path: moment for path, file in files.items() if (moment := _load(file)) is not None}
     missing = [path for path in paths if path not in moments]
     if missing:
@@ -218,23 +225,52 @@ def cache_folder(statistics: StatisticsConfig) -> Path:
     return Path(pooch.os_cache("horen_bench")) / "statistics"
 
 
-def cache_key(model: PreTrainedModel, encoder: PromptEncoder, path: str, statistics: StatisticsConfig) -> str:
-    """Module and a hash over all that the moment depends on: weights, tokenizer, corpus, counts, dtypes."""
-    digest = hashlib.sha256(f"{model_fingerprint(model)} {len(encoder.tokenizer)} {path}".encode())
-    digest.update(json.dumps(encoder.texts(["A text, 1927."])[0]).encode())
-    digest.update(f"{statistics.corpus} {statistics.n_texts} {statistics.max_length} {statistics.dtype}".encode())
-    return f"{path}-{digest.hexdigest()[:16]}"
+def cache_keys(
+    model: PreTrainedModel, encoder: PromptEncoder, paths: Sequence[str], statistics: StatisticsConfig
+) -> dict[str, str]:
+    """By module, its path and a hash over all that the moment depends on: model, tokenizer, corpus, counts, dtypes.
+
+    Reads every weight once, about a second per gigabyte and thread.
+    """
+    counts = f"{statistics.n_texts} {statistics.max_length} {statistics.dtype}"
+    shared = f"{model_fingerprint(model)} {_tokenizer_hash(encoder)} {_corpus_hash(statistics.corpus)} {counts}"
+    return {path: f"{path}-{hashlib.sha256(f'{shared} {path}'.encode()).hexdigest()[:16]}" for path in paths}
 
 
-@torch.no_grad()
 def model_fingerprint(model: PreTrainedModel) -> str:
-    """Sixteen hex digits over shape, dtype and both ends of every parameter: another one for a fine-tuned copy."""
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        flat = parameter.detach().flatten()
-        ends = torch.cat([flat[:_HASHED], flat[-_HASHED:]]).float().cpu()
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode() + ends.numpy().tobytes())
+    """Sixteen hex digits over the configuration and every byte of every parameter: another one for each change."""
+    config = {key: value for key, value in model.config.to_diff_dict().items() if key not in _UNSAID}
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    with ThreadPoolExecutor(_HASHING_THREADS) as pool:
+        for name, parameter, content in zip(names, parameters, pool.map(_content_hash, parameters), strict=True):
+            digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype} {content}".encode())
     return digest.hexdigest()[:16]
+
+
+def _content_hash(parameter: Tensor) -> str:
+    digest = hashlib.sha256()
+    flat = parameter.detach().flatten()
+    for start in range(0, flat.numel(), _HASHED):
+        digest.update(flat[start : start + _HASHED].cpu().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _tokenizer_hash(encoder: PromptEncoder) -> str:
+    """Over all that decides about tokens; a tokenizer without a Rust backend is known by its vocabulary."""
+    backend = getattr(encoder.tokenizer, "backend_tokenizer", None)
+    rules = json.loads(backend.to_str()) if backend else encoder.tokenizer.get_vocab()
+    # These two follow the last call.
+    lasting = {name: rule for name, rule in rules.items() if not backend or name not in ("truncation", "padding")}
+    example = encoder.texts(["A text, 1927."])[0]
+    return hashlib.sha256(json.dumps([lasting, example], sort_keys=True).encode()).hexdigest()
+
+
+def _corpus_hash(source: str) -> str:
+    """Over the content of a file, whose ending says how it is read; a corpus of the hub is known by its name."""
+    local = resource("data") / source.removeprefix(EMBEDDED) if source.startswith(EMBEDDED) else Path(source)
+    path = local.expanduser()
+    return f"{path.suffix}{sha256_of([path])[0]}" if path.is_file() else source
 
 
 def _digest(names: Sequence[str], texts: Sequence[str]) -> str:
