@@ -2,9 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,7 +13,9 @@ import pandas as pd
 import pytest
 
 from horen_bench.__main__ import main
+from horen_bench.cases import EditCase, EditRecord
 from horen_bench.datasets.facts import records, to_json
+from horen_bench.editors.horen.editor import HorenEditor
 from horen_bench.paths import resource
 
 QUICK = ["method.n_steps=2", "device=cpu"]
@@ -109,6 +112,27 @@ def test_a_run_prints_its_table_and_where_it_is_and_a_second_call_prints_it_agai
     assert again.out[again.out.index("horen on tiny") :].startswith(table)
     assert "already finished, nothing was run (force=true runs it again): results/runs/" in again.out
     assert "evaluating" not in again.out
+
+
+def test_a_signal_ends_the_command_with_its_code_and_where_it_goes_on(
+    command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    edit, number = HorenEditor.edit, signal.SIGTERM
+
+    def interrupted(editor: HorenEditor, cases: Sequence[EditCase]) -> list[EditRecord]:
+        if editor.n_edits == 2:
+            signal.raise_signal(number)
+        return edit(editor, cases)
+
+    words = ["n=5", "checkpoints=[]", "method.engine=sequential", "save_every=1e9", *QUICK]
+    with monkeypatch.context() as patch:
+        patch.setattr(HorenEditor, "edit", interrupted)
+        stopped = command(*words)
+    assert stopped.code == 128 + number
+    assert stopped.out.splitlines()[-1] == (
+        f"interrupted by {number.name}: 3 edits are saved, and the same command goes on from N=3"
+    )
+    assert command(*words).code == 0
 
 
 def test_a_sweep_goes_on_after_a_member_that_fails_and_its_runs_share_their_edits(

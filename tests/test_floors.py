@@ -15,8 +15,18 @@ PACKAGE = ROOT / "src" / "horen_bench"
 
 # Ground first. A module may import from its own floor and those below; a deeper name counts before its room's.
 FLOORS = (
-    {"cases", "errors", "paths", "profiling", "progress", "metrics", "results.atomic", "results.columns"},
-    {"config", "prompts", "models", "results.store"},
+    {
+        "cases",
+        "errors",
+        "interruption",
+        "paths",
+        "profiling",
+        "progress",
+        "metrics",
+        "results.atomic",
+        "results.columns",
+    },
+    {"config", "prompts", "models", "metrics.similarity", "results.store"},
     {"datasets", "world", "editors"},
     {"evaluation"},
     {"runner", "stream"},

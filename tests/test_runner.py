@@ -5,9 +5,12 @@ import itertools
 import json
 import math
 import os
+import shutil
+import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -17,6 +20,7 @@ import pandas as pd
 import pytest
 import torch
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -26,11 +30,15 @@ from horen_bench.config.compose import run_config
 from horen_bench.config.schema import MethodConfig, RunConfig
 from horen_bench.datasets.facts import records, to_json
 from horen_bench.editors.base import Editor
+from horen_bench.editors.codebook.editor import parallel_slice
 from horen_bench.errors import UserError
 from horen_bench.evaluation.cache import PredictionCache
 from horen_bench.evaluation.evaluator import Evaluator
+from horen_bench.interruption import Interrupted, Interruptions
+from horen_bench.paths import resource
+from horen_bench.profiling import environment as stream_environment
 from horen_bench.results.console import notes
-from horen_bench.results.store import RunStore
+from horen_bench.results.store import SCHEMA, RunStore
 from horen_bench.runner import RunResult
 
 MEASURED = [
@@ -171,7 +179,8 @@ def test_each_checkpoint_has_a_row_with_scores_cost_and_what_it_is_about(whole: 
     described = rows[["model", "method", "dataset", "protocol", "seed"]].drop_duplicates()
     assert described.to_numpy().tolist() == [["tiny", "drift", "facts", "greedy", 42]]
     assert (whole.path / "config.yaml").exists()
-    assert json.loads((whole.path / "environment.json").read_text())["device"] == "cpu"
+    assert [sitting["device"] for sitting in whole.sittings()] == ["cpu"]
+    assert rows["slices"].tolist() == ["1x2", "1x4", "1x6"]
 
 
 def test_a_row_is_the_mean_of_its_cases(whole: RunStore) -> None:
@@ -234,8 +243,11 @@ def test_a_stopped_run_may_be_stopped_again(tmp_path: Path, whole: RunStore) -> 
 def test_slices_of_edits_end_at_checkpoints(tmp_path: Path, whole: RunStore) -> None:
     """An editor that likes three cases at once: the numbers are those of one at a time."""
     result = run(config(tmp_path, 6, [2, 4], method=DriftConfig(slice_size=3)))
-    same = result.store.checkpoints().drop(columns=[*MEASURED, "run"])
-    pd.testing.assert_frame_equal(same, whole.checkpoints().drop(columns=[*MEASURED, "run"]), check_exact=True)
+    others = [*MEASURED, "run", "slices"]
+    same = result.store.checkpoints().drop(columns=others)
+    pd.testing.assert_frame_equal(same, whole.checkpoints().drop(columns=others), check_exact=True)
+    longer = run(config(tmp_path, 10, [2, 4], method=DriftConfig(slice_size=3)))
+    assert longer.rows["slices"].tolist() == ["2", "2x2", "2x3 3 1"], "each row says how its stream was cut"
 
 
 def test_editor_expects_the_whole_stream_first_and_flushes_before_each_evaluation(
@@ -328,6 +340,267 @@ def test_force_gives_nothing_up_before_the_model_is_there(tmp_path: Path, monkey
     assert store.checkpoints()["n"].tolist() == [2]
 
 
+@pytest.mark.parametrize("problem", [MemoryError(), KeyboardInterrupt()])
+def test_force_keeps_what_was_stored_until_it_is_finished_and_goes_on_where_it_was_stopped(
+    tmp_path: Path, problem: BaseException
+) -> None:
+    """Stopped before its first checkpoint, behind it, and not at all."""
+    store = run(config(tmp_path, 4, [2])).store
+    before = store.checkpoints()
+    again = config(tmp_path, 4, [2], force=True)
+    DriftEditor.written.clear()
+    for stop in ("1", "3"):
+        DriftEditor.stop_at = (stop, problem)
+        with pytest.raises((UserError, KeyboardInterrupt)):
+            run(again)
+        DriftEditor.stop_at = None
+        pd.testing.assert_frame_equal(store.checkpoints(), before, check_exact=True)
+        assert run(config(tmp_path, 4, [2])).reused
+    result = run(again)
+    assert DriftEditor.written == list("0123"), "nothing twice"
+    pd.testing.assert_frame_equal(result.rows.drop(columns=MEASURED), before.drop(columns=MEASURED), check_exact=True)
+    assert not result.rows["edit_seconds"].equals(before["edit_seconds"])
+    assert not store.again().path.exists()
+
+
+def test_force_starts_over_where_what_it_left_is_damaged(tmp_path: Path, whole: RunStore) -> None:
+    again = config(tmp_path, 6, [2, 4], force=True)
+    run_until(again, "3", KeyboardInterrupt())
+    (run_dir,) = (tmp_path / "runs").iterdir()
+    state = run_dir / "again" / "state" / "stream.safetensors"
+    state.write_bytes(state.read_bytes()[:-1])
+    assert_same_numbers(run(again).store, whole)
+
+
+# --- Signals -----------------------------------------------------------------------------------------------
+
+
+class Signals:
+    """Sends signals to this process when an editor or evaluator gets to a place."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.monkeypatch = monkeypatch
+
+    def at(self, owner: type, name: str, call: int, *numbers: int) -> None:
+        calls = itertools.count(1)
+        function = getattr(owner, name)
+
+        def signalled(*args: Any, **more: Any) -> Any:
+            if next(calls) == call:
+                for number in numbers:
+                    signal.raise_signal(number)
+            return function(*args, **more)
+
+        self.monkeypatch.setattr(owner, name, signalled)
+
+
+@pytest.fixture
+def signals(monkeypatch: pytest.MonkeyPatch) -> Iterator[Signals]:
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    for number in before:  # a run that does not see to them ends a test, not the tests
+        signal.signal(number, signal.default_int_handler)
+    yield Signals(monkeypatch)
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_lets_the_slice_end_saves_it_and_says_where_the_next_run_goes_on(
+    tmp_path: Path, whole: RunStore, signals: Signals, number: signal.Signals
+) -> None:
+    """Though the next save were far away."""
+    settings = config(tmp_path, 6, [2, 4], save_every=1e9)
+    before = signal.getsignal(number)
+    signals.at(DriftEditor, "_edit_one", 4, number)
+    with pytest.raises(Interrupted) as caught:
+        run(settings)
+    assert caught.value.sentence == (
+        f"interrupted by {number.name}: 4 edits are saved, and the same command goes on from N=4"
+    )
+    assert caught.value.code == 128 + number
+    assert signal.getsignal(number) == before
+    assert_same_numbers(run(settings).store, whole)
+    assert DriftEditor.written == list("012345")
+
+
+def test_a_second_signal_leaves_a_slice_in_its_middle(tmp_path: Path, whole: RunStore, signals: Signals) -> None:
+    settings = config(tmp_path, 6, [2, 4])
+    signals.at(DriftEditor, "_edit_one", 4, signal.SIGTERM, signal.SIGTERM)
+    with pytest.raises(Interrupted, match="interrupted by SIGTERM: 3 edits are saved"):
+        run(settings)
+    assert_same_numbers(run(settings).store, whole)
+    assert DriftEditor.written == list("012345")
+
+
+def test_a_slice_that_does_not_end_soon_after_a_signal_is_left() -> None:
+    with pytest.raises(Interrupted, match="SIGINT"), Interruptions(patience=0.1) as received, received.finishing():
+        signal.raise_signal(signal.SIGINT)
+        deadline = time.monotonic() + 20
+        while time.monotonic() < deadline:
+            time.sleep(0.01)
+
+
+def test_a_signal_during_evaluation_ends_it_at_once_and_the_edits_are_saved(
+    tmp_path: Path, whole: RunStore, signals: Signals
+) -> None:
+    settings = config(tmp_path, 6, [2, 4], save_every=1e9)
+    signals.at(Evaluator, "predict", 3, signal.SIGHUP)  # of the base model, at N=2, at N=4
+    with pytest.raises(Interrupted, match="interrupted by SIGHUP: 4 edits are saved"):
+        run(settings)
+    assert_same_numbers(run(settings).store, whole)
+    assert DriftEditor.written == list("012345")
+
+
+def test_a_signal_that_the_process_ignores_stays_ignored(tmp_path: Path, signals: Signals) -> None:
+    """As under `nohup`."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        signals.at(DriftEditor, "_edit_one", 1, signal.SIGHUP)
+        assert run(config(tmp_path, 2)).rows["n"].tolist() == [2]
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_long_slices_are_saved_as_they_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stream, "_LONG_SLICE", 0.0)
+    settings = config(tmp_path, 6, save_every=1e9)
+    run_until(settings, "5", RuntimeError("broken"))
+    run(settings)
+    assert DriftEditor.written == list("012345"), "nothing twice"
+
+
+# --- What a machine refuses --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("problem", "sentence"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), r"^memory ran out .*Tried to allocate"),
+        (MemoryError(), r"^memory ran out .*what is finished is kept"),
+        (
+            OSError(5, "Input/output error", "/data/file"),
+            r"^/data/file cannot be read or written \(Input/output error\)",
+        ),
+    ],
+)
+def test_memory_and_disks_that_fail_in_the_middle_are_one_sentence_and_lose_nothing(
+    tmp_path: Path, whole: RunStore, problem: Exception, sentence: str
+) -> None:
+    settings = config(tmp_path, 6, [2, 4])
+    DriftEditor.stop_at = ("3", problem)
+    with pytest.raises(UserError, match=sentence):
+        run(settings)
+    DriftEditor.stop_at = None
+    assert_same_numbers(run(settings).store, whole)
+    assert DriftEditor.written == list("012345")
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"records": [{"case_id": "0"}]}, "its progress cannot be read"),
+        ({"records": 7}, "its progress cannot be read"),
+        ({"slices": None}, "its progress cannot be read"),
+    ],
+)
+def test_a_state_whose_progress_is_of_another_kind_is_one_sentence(
+    tmp_path: Path, change: dict[str, Any], reason: str
+) -> None:
+    settings = config(tmp_path, 6)
+    run_until(settings, "3", RuntimeError("broken"))
+    (run_dir,) = (tmp_path / "runs").iterdir()
+    state = RunStore(run_dir).load_state()
+    assert state is not None
+    RunStore(run_dir).save_state(state[0], {**state[1], **change})
+    with pytest.raises(UserError, match=rf"stream\.safetensors is damaged \({reason}"):
+        run(settings)
+
+
+def test_a_state_of_another_shape_is_one_sentence(tmp_path: Path) -> None:
+    settings = config(tmp_path, 6)
+    run_until(settings, "3", RuntimeError("broken"))
+    (run_dir,) = (tmp_path / "runs").iterdir()
+    state = RunStore(run_dir).load_state()
+    assert state is not None
+    RunStore(run_dir).save_state({"drift": torch.zeros(7)}, state[1])
+    with pytest.raises(UserError, match=r"stream\.safetensors is damaged \(it does not fit the method: "):
+        run(settings)
+
+
+def test_damaged_cases_are_found_before_a_longer_run_works(tmp_path: Path) -> None:
+    store = run(config(tmp_path, 2)).store
+    (part,) = (store.path / "cases.parquet").iterdir()
+    part.write_bytes(part.read_bytes()[:-9])
+    DriftEditor.written.clear()
+    with pytest.raises(UserError, match=r"cases\.parquet is damaged \(000000002-greedy\.parquet does not agree"):
+        run(config(tmp_path, 4))
+    assert DriftEditor.written == []
+    assert run(config(tmp_path, 2, force=True)).store.damage() is None
+
+
+# --- Sittings ----------------------------------------------------------------------------------------------
+
+
+def test_a_stream_of_two_sittings_keeps_both_and_its_rows_say_in_what_they_differ(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def sitting(version: str) -> None:
+        known = stream_environment("cpu") | {"torch": version}
+        monkeypatch.setattr(stream, "environment", lambda _: dict(known))
+
+    sitting("1.0")
+    run_until(config(tmp_path, 6, [2, 4]), "3", RuntimeError("broken"))
+    sitting("2.0")
+    result = run(config(tmp_path, 6, [2, 4]))
+    assert [each["torch"] for each in result.store.sittings()] == ["1.0", "2.0"]
+    warning = "sittings of this stream differ in torch 1.0 and 2.0; last digits may differ from a single one's"
+    assert result.rows["warnings"].fillna("").tolist() == ["", warning, warning]
+
+
+# --- Weights that changed ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def copied_model(tmp_path: Path) -> Path:
+    folder = tmp_path / "model"
+    shutil.copytree(resource("data") / "tiny", folder)
+    return folder
+
+
+def test_a_run_whose_weights_changed_under_the_same_name_says_so_and_keeps_its_rows(
+    tmp_path: Path, copied_model: Path
+) -> None:
+    changes = {"model": run_config([f"model.hub_id={copied_model}"]).model}
+    settings = config(tmp_path, 4, [2], **changes)
+    store = run(settings).store
+    before = (store.path / "checkpoints.csv").read_text()
+    assert run(settings).reused
+    file = next(copied_model.glob("*.safetensors"))
+    tensors = load_file(file)
+    name = max(tensors, key=lambda key: tensors[key].numel())
+    tensors[name][len(tensors[name]) // 2] += 1  # in the middle of the file
+    save_file(tensors, file, metadata={"format": "pt"})
+    for n, checkpoints in ((4, [2]), (4, [1, 2]), (5, [2])):
+        with pytest.raises(UserError, match=r"made with other weights \(the model's files changed since\); start"):
+            run(config(tmp_path, n, checkpoints, **changes))
+    assert (store.path / "checkpoints.csv").read_text() == before
+    again = run(config(tmp_path, 4, [2], force=True, **changes))
+    assert set(again.rows["weights"]) != set(pd.read_csv(io.StringIO(before))["weights"])
+
+
+def test_rows_are_shown_with_a_note_where_the_weights_are_gone(tmp_path: Path, copied_model: Path) -> None:
+    settings = config(tmp_path, 2, model=run_config([f"model.hub_id={copied_model}"]).model)
+    assert run(settings).remark is None
+    assert run(settings).remark is None
+    shutil.rmtree(copied_model)
+    result = run(settings)
+    assert result.reused
+    assert result.remark == (
+        f"the weights of {copied_model} are not on this machine, so it could not be checked that the rows are about "
+        "them"
+    )
+
+
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many probes each call of an evaluator runs the model on."""
     counts: list[int] = []
@@ -343,12 +616,13 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def test_the_base_model_is_evaluated_once_for_all_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(config(tmp_path, 2))
-    kept = next((tmp_path / "base_predictions").iterdir()).read_text()
+    (file,) = (tmp_path / "base_predictions").glob("*.json")
+    kept = file.read_text()
     counts = counted(monkeypatch)
     other = run(config(tmp_path, 2, seed=1))  # another run of the same model
     assert not other.reused
     assert len(counts) == 1  # the edited model alone
-    assert next((tmp_path / "base_predictions").iterdir()).read_text() == kept
+    assert file.read_text() == kept
 
 
 REPRINT = """
@@ -381,8 +655,8 @@ def test_a_run_of_another_version_is_refused_and_force_runs_it_again(tmp_path: P
     values = json.loads(environment.read_text())
     environment.write_text(json.dumps({name: value for name, value in values.items() if name != "schema"}))
     advice = (
-        f"{store.path} was made with another version of the program (schema none, now 2); start again with force=true, "
-        "or keep it by choosing another results_dir="
+        f"{store.path} was made with another version of the program (schema none, now {SCHEMA}); start again with "
+        "force=true, or keep it by choosing another results_dir="
     )
     for n in (2, 3):  # finished or not
         with pytest.raises(UserError) as caught:
@@ -607,3 +881,16 @@ def test_predictions_that_routes_imply_are_those_that_the_model_makes(
     assert known == [0] * 12
     assert made.path.name == reused.path.name
     assert_same_numbers(made, reused)
+
+
+# --- How a stream is cut -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("parameters", "device", "edits"),
+    [(1_000_000, "cpu", 1024), (67_108_864, "cpu", 64), (270_000_000, "cpu", 16), (8_000_000_000, "cuda", 274)],
+)
+def test_slices_of_a_large_model_are_short_whatever_the_clock_says(parameters: int, device: str, edits: int) -> None:
+    weights = SimpleNamespace(numel=lambda: parameters)
+    model: Any = SimpleNamespace(device=torch.device(device), parameters=lambda: [weights])
+    assert parallel_slice(model) == edits

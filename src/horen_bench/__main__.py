@@ -13,6 +13,7 @@ from horen_bench.config.compose import in_words, validated
 from horen_bench.config.help import help_text
 from horen_bench.config.schema import RunConfig
 from horen_bench.errors import UserError
+from horen_bench.interruption import Interrupted, Interruptions
 from horen_bench.paths import resource
 
 if TYPE_CHECKING:
@@ -20,11 +21,11 @@ if TYPE_CHECKING:
 
     from horen_bench.runner import RunResult
 
-_ERROR, _INTERRUPTED = 2, 130
+_ERROR = 2  # exit code
 
 
 def main() -> None:
-    """Do what the command line says; exit code 2 after an error of the user, 130 after an interruption.
+    """Do what the command line says; exit code 2 after an error of the user, 128 and its number after a signal.
 
     In a sweep a run that fails says why, and the others go on.
     """
@@ -52,10 +53,12 @@ def main() -> None:
                 raise
 
     try:
-        hydra.main(version_base="1.3", config_path=str(resource("conf")), config_name="config")(job)()
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from the last saved edit")  # noqa: T201
-        sys.exit(_INTERRUPTED)
+        with Interruptions():
+            hydra.main(version_base="1.3", config_path=str(resource("conf")), config_name="config")(job)()
+    except KeyboardInterrupt as stop:
+        signal = stop if isinstance(stop, Interrupted) else Interrupted()
+        print(signal.sentence)  # noqa: T201
+        sys.exit(signal.code)
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         if wants_traceback or started:
             raise
@@ -86,8 +89,7 @@ def _show(result: "RunResult", console: "Console") -> None:
     from horen_bench.results.console import checkpoint_tables, notes  # noqa: PLC0415
 
     console.print(checkpoint_tables(result.rows))
-    problem = [result.tracking_problem] if result.tracking_problem else []
-    for note in [*notes(result.rows), *problem]:
+    for note in [*notes(result.rows), *filter(None, (result.tracking_problem, result.remark))]:
         console.print(f"note: {note}", highlight=False, markup=False)
     state = "already finished, nothing was run (force=true runs it again)" if result.reused else "stored"
     console.print(f"{state}: {result.store.path}", highlight=False, markup=False, soft_wrap=True)

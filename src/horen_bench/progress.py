@@ -4,13 +4,23 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.progress import Task as ProgressTask
 from rich.text import Text
 
 
 class Bars(Progress):
-    """Bars of things that are counted, each with its speed; a context, in which they are shown.
+    """Bars of things that are counted, each with its speed and a clock that runs also where a thing takes long.
+
+    A context, in which they are shown.
 
     Args:
         console: where.
@@ -22,6 +32,7 @@ class Bars(Progress):
             BarColumn(),
             MofNCompleteColumn(),
             _Speed(),
+            TimeElapsedColumn(),
             TimeRemainingColumn(),
             console=console,
         )
@@ -30,6 +41,10 @@ class Bars(Progress):
         """Start a bar; what is returned moves it on by a count."""
         task = self.add_task(description, total=total, completed=done, unit=unit)
         return lambda count: self.advance(task, count)
+
+    def say(self, sentence: str) -> None:
+        """Print a sentence above the bars, as it is."""
+        self.console.print(sentence, highlight=False, markup=False, soft_wrap=True)
 
 
 class _Speed(ProgressColumn):

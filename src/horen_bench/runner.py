@@ -5,6 +5,7 @@ Nothing heavy is imported before something is to be done, so a finished run is g
 
 import gc
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,23 +15,42 @@ from rich.console import Console
 from horen_bench.cases import EditCase, fingerprint
 from horen_bench.config.schema import RunConfig
 from horen_bench.errors import UserError
+from horen_bench.interruption import Interrupted, Interruptions
+from horen_bench.models.weights import weights_fingerprint
 from horen_bench.results.store import RunStore, identity, run_directory
 
 Checkpoint = tuple[int, str]  # number of edits, protocol
 
+_MORE_MEMORY = (
+    "what is finished is kept: free some, or write a smaller batch_size= or fewer edits at once (settings of the "
+    "method), and run the same command again"
+)
+
 
 @dataclass(frozen=True, slots=True)
 class RunResult:
-    """What a finished run left: its store, the rows up to the last N, and why tracking failed if it did."""
+    """What a finished run left.
+
+    Attributes:
+        store: where it is.
+        rows: its rows up to the last N.
+        reused: whether nothing had to be run.
+        tracking_problem: why tracking failed, if it did.
+        remark: what could not be checked about stored rows, if anything.
+    """
 
     store: RunStore
     rows: pd.DataFrame
     reused: bool
     tracking_problem: str | None = None
+    remark: str | None = None
 
 
 def run(config: RunConfig, console: Console, wanted: Sequence[Checkpoint] | None = None) -> RunResult:
     """Do what is missing of a run and return its rows.
+
+    With `force`, all of it is done again beside what is stored, which it replaces once it is finished; if it is stopped
+    before, the same call goes on with it, and one without `force` still has what was stored.
 
     Args:
         config: of the run.
@@ -39,27 +59,68 @@ def run(config: RunConfig, console: Console, wanted: Sequence[Checkpoint] | None
             checkpoint of the configuration under every protocol of it.
 
     Raises:
-        UserError: the configuration cannot be run, what is stored cannot be gone on with, or the disk refuses.
+        UserError: the configuration cannot be run, what is stored cannot be gone on with, the disk refuses, or memory
+            runs out.
+        Interrupted: a signal ended the run; what is done is saved.
     """
     checkpoints = config.wanted() if wanted is None else wanted
     cases = _cases(config)
     store = RunStore(run_directory(config))
-    if not _missing(config, cases, checkpoints, store):
-        return RunResult(store, _rows_of(store, checkpoints), reused=True)
+    if not config.force and not _missing(config, cases, checkpoints, store):
+        return RunResult(store, _rows_of(store, checkpoints), reused=True, remark=_remark(config))
+    with _in_sentences():
+        return _run(config, cases, checkpoints, store, console)
+
+
+def _run(
+    config: RunConfig, cases: list[EditCase], checkpoints: Sequence[Checkpoint], store: RunStore, console: Console
+) -> RunResult:
     gc.disable()  # a third of the time of the imports: the collector walks objects that stay
     from horen_bench import stream  # noqa: PLC0415 - seconds that a finished run does not need
+    from horen_bench.models.memory import out_of_memory_in  # noqa: PLC0415
 
     gc.freeze()
     gc.enable()
     stream.check_method(config)
-    with store.locked(), store.failure_recorded():
-        missing = _missing(config, cases, checkpoints, store)  # less, if another process was quicker
+    with Interruptions() as signals, store.locked(), store.failure_recorded():
+        at_work = store.again() if config.force else store
+        missing = _missing(config, cases, checkpoints, at_work)  # less, if another process was quicker
         problem = None
         if missing:
             tracker = config.tracker.build()
-            at_work = stream.prepared(config, cases, missing, store=store, console=console)
-            problem = _tracked(at_work.rows(missing), tracker, config, store)
-        return RunResult(store, _rows_of(store, checkpoints), reused=not missing, tracking_problem=problem)
+            with _saying_where(at_work, missing), out_of_memory_in("the run was at work", _MORE_MEMORY):
+                work = stream.prepared(config, cases, missing, store=at_work, console=console, signals=signals)
+                problem = _tracked(work.rows(missing), tracker, config, at_work)
+        if config.force:
+            store.take_over()
+        reused = not (missing or config.force)
+        return RunResult(store, _rows_of(store, checkpoints), reused=reused, tracking_problem=problem)
+
+
+@contextmanager
+def _saying_where(store: RunStore, missing: Mapping[int, Sequence[str]]) -> Iterator[None]:
+    """Add to an interruption where the next run goes on: the stored state, unless it is beyond what is missing."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        number = stop.number if isinstance(stop, Interrupted) else Interrupted().number
+        saved_n, stored = store.saved_n(), {(row["n"], row["protocol"]) for row in store.rows()}
+        beyond = any((n, name) not in stored for n, names in missing.items() for name in names if n < saved_n)
+        raise Interrupted(number, 0 if beyond else saved_n) from stop
+
+
+@contextmanager
+def _in_sentences() -> Iterator[None]:
+    """What a disk or connection refuses, wherever it does, as a sentence that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        what = error.filename or "a file or connection"
+        reason = error.strerror or " ".join(str(error).split()) or type(error).__name__
+        raise UserError(
+            f"{what} cannot be read or written ({reason}); mend that and run the same command again, what is finished "
+            "is kept"
+        ) from error
 
 
 def _cases(config: RunConfig) -> list[EditCase]:
@@ -76,22 +137,51 @@ def _cases(config: RunConfig) -> list[EditCase]:
 def _missing(
     config: RunConfig, cases: Sequence[EditCase], checkpoints: Sequence[Checkpoint], store: RunStore
 ) -> dict[int, list[str]]:
-    """Protocols by number of edits, in order, of what is not stored yet; all of them with `force`.
+    """Protocols by number of edits, in order, of what is not stored yet.
 
     Raises:
-        UserError: what is stored is about other cases, or was written by another version of the program.
+        UserError: what is stored is damaged, about other cases or another model, or was written by another version of
+            the program; with `force` it is forgotten instead.
     """
-    stored = set() if config.force else _stored(store, cases)
+    try:
+        stored = _stored(config, store, cases)
+    except UserError:
+        if not config.force:
+            raise
+        store.clear()
+        stored = set()
     missing = [checkpoint for checkpoint in checkpoints if checkpoint not in stored]
     return {n: [protocol for m, protocol in missing if m == n] for n in sorted({n for n, _ in missing})}
 
 
-def _stored(store: RunStore, cases: Sequence[EditCase]) -> set[Checkpoint]:
+def _stored(config: RunConfig, store: RunStore, cases: Sequence[EditCase]) -> set[Checkpoint]:
     store.check_schema()
-    rows = [row for row in store.rows() if row["n"] <= len(cases)]
-    if any(row["cases"] != fingerprint(cases[: row["n"]]) for row in rows):
+    store.check()  # all of it, before hours of work are added to it
+    rows = store.rows()
+    if any(row["cases"] != fingerprint(cases[: row["n"]]) for row in rows if row["n"] <= len(cases)):
         raise store.made_with("other cases (the data changed since)")
-    return {(row["n"], row["protocol"]) for row in rows}
+    weights = _weights(config) if rows else None
+    if weights and any(row["weights"] != weights for row in rows):
+        raise store.made_with("other weights (the model's files changed since)")
+    return {(row["n"], row["protocol"]) for row in rows if row["n"] <= len(cases)}
+
+
+def _weights(config: RunConfig) -> str | None:
+    """What names the model's weights as they are now; None where they are not on this machine."""
+    model = config.model
+    try:
+        return weights_fingerprint(model.hub_id, model.dtype, model.revision)
+    except UserError:  # a folder that is gone: loading says so, if there is anything to load
+        return None
+
+
+def _remark(config: RunConfig) -> str | None:
+    if _weights(config):
+        return None
+    return (
+        f"the weights of {config.model.hub_id} are not on this machine, so it could not be checked that the rows are "
+        "about them"
+    )
 
 
 def _rows_of(store: RunStore, checkpoints: Sequence[Checkpoint]) -> pd.DataFrame:

@@ -129,6 +129,18 @@ def test_every_wanted_checkpoint_is_a_row_whether_it_is_there_or_not(wrote: Wrot
     assert [planned.missing for planned in plan([cell])] == [((500, "greedy"),)]
 
 
+def test_a_damaged_run_is_a_cell_that_says_so_and_the_others_are_shown(wrote: Wrote) -> None:
+    grid = cells("table1", ["method=horen,grace", "n=100", "checkpoints=[]", "protocol=greedy"])
+    for cell in grid:
+        wrote(cell=cell, n=100)
+    file = grid[0].store.path / "checkpoints.csv"
+    file.write_text(file.read_text().replace("0.5", "0.75", 1))
+    rows = collect(grid)
+    assert rows["status"].tolist() == ["failed", "finished"]
+    assert rows["reason"].iloc[0].startswith(f"{file} is damaged (")
+    assert [planned.missing for planned in plan(grid)] == [((100, "greedy"),)]
+
+
 def test_without_weights_nothing_is_started_unless_the_backbone_is_named() -> None:
     grid = cells("table1", ["suite=paper", "model=qwen25_7b", "method=horen"])
     rows = collect(grid)

@@ -223,6 +223,14 @@ def test_the_csv_keeps_what_the_layout_leaves_out_and_latex_is_escaped(tmp_path:
     assert not re.search(r"(?<!\\)%", latex)
 
 
+def test_no_sign_of_a_label_is_read_by_latex(tmp_path: Path) -> None:
+    """In the index, which is what labels of methods, datasets and variants become."""
+    label = r"A#1 $x^2$ {y}_z ~50% R&D \end"
+    write_table("table9", pd.DataFrame([row("HoReN", 100, method_label=label)]), tmp_path)
+    printed = r"A\#1 \$x\textasciicircum{}2\$ \{y\}\_z \textasciitilde{}50\% R\&D \textbackslash{}end"
+    assert printed in (tmp_path / "table9.tex").read_text()
+
+
 def test_settings_stand_beside_the_papers_under_the_hubs_names(tmp_path: Path) -> None:
     llama = {"model": "LLaMA-3 8B", "hub_id": "meta-llama/Meta-Llama-3-8B-Instruct", "threshold": 0.85}
     tiny = {"model": "tiny", "hub_id": "embedded:tiny", "threshold": 0.8}

@@ -204,15 +204,44 @@ def test_folder_without_runs_is_refused(tmp_path: Path, capsys: pytest.CaptureFi
     assert list(tmp_path.iterdir()) == []
 
 
-def test_run_that_cannot_be_read_is_named(
-    tmp_path: Path, runs: list[StoredRun], store: Store, capsys: pytest.CaptureFixture[str]
+def damage_config(run: Path) -> None:
+    (run / "config.yaml").write_text("{")
+
+
+def damage_rows(run: Path) -> None:
+    (run / "checkpoints.csv").write_text("")
+
+
+def damage_cases(run: Path) -> None:
+    for part in (run / "cases.parquet").iterdir():
+        part.write_bytes(b"PAR1")
+
+
+def lose_config(run: Path) -> None:
+    (run / "config.yaml").unlink()
+
+
+def empty_config(run: Path) -> None:
+    (run / "config.yaml").write_text("model: 7\n")
+
+
+@pytest.mark.parametrize("damage", [damage_config, damage_rows, damage_cases, lose_config, empty_config])
+def test_a_run_that_cannot_be_read_is_named_and_the_others_are_shown(
+    tmp_path: Path,
+    runs: list[StoredRun],
+    store: Store,
+    capsys: pytest.CaptureFixture[str],
+    damage: Callable[[Path], None],
 ) -> None:
     store(tmp_path, runs[0])
-    (tmp_path / "runs" / runs[0].name / "config.yaml").write_text("{")
+    store(tmp_path, runs[1])
+    damage(tmp_path / "runs" / runs[0].name)
     assert main([str(tmp_path)]) == 2
-    assert re.search(rf"{runs[0].name} cannot be read \(.*\); move it away", capsys.readouterr().err)
-    (tmp_path / "runs" / runs[0].name / "config.yaml").unlink()
-    assert main([str(tmp_path)]) == 2
+    assert re.search(rf"^error: .*{runs[0].name} cannot be read \(.*\); move it away", capsys.readouterr().err)
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert f"{runs[0].name} cannot be read (" in text
+    shown = [run for run in embedded(text)["runs"] if run["curves"]]
+    assert [run["method"] for run in shown] == ["HoReN"]
 
 
 def test_reading_changes_nothing(tmp_path: Path, runs: list[StoredRun], store: Store) -> None:

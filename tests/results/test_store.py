@@ -1,5 +1,6 @@
 """Run directories: whole files at every moment, one process at a time."""
 
+import contextlib
 import errno
 import json
 import math
@@ -60,15 +61,35 @@ def test_the_new_file_is_on_the_disk_before_it_takes_the_old_ones_place(
 ) -> None:
     path = tmp_path / "file"
     write_text(path, "old")
-    seen: list[tuple[str, str]] = []
+    seen: list[tuple[str, Path]] = []
 
     def flush(descriptor: int) -> None:
-        seen.append((path.read_text(), Path(f"/proc/self/fd/{descriptor}").read_text()))
+        seen.append((path.read_text(), Path(f"/proc/self/fd/{descriptor}").resolve()))
 
     monkeypatch.setattr(os, "fsync", flush)
     write_text(path, "new")
-    assert seen[0] == ("old", "new")
+    assert [text for text, _ in seen] == ["old", "new"]
+    assert [where.parent for _, where in seen] == [tmp_path, tmp_path.parent], "the copy, then the folder's names"
     assert path.read_text() == "new"
+
+
+def test_a_new_folder_is_on_the_disk_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flushed: list[Path] = []
+    monkeypatch.setattr(os, "fsync", lambda fd: flushed.append(Path(f"/proc/self/fd/{fd}").resolve()))
+    write_text(tmp_path / "a" / "b" / "file", "new")
+    assert {tmp_path, tmp_path / "a", tmp_path / "a" / "b"} <= {*flushed}
+
+
+def test_a_file_system_that_cannot_flush_folders_is_written_to_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flush(descriptor: int) -> None:
+        if Path(f"/proc/self/fd/{descriptor}").resolve().is_dir():
+            raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(os, "fsync", flush)
+    write_text(tmp_path / "file", "new")
+    assert (tmp_path / "file").read_text() == "new"
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs the device that is always full")
@@ -215,6 +236,128 @@ def test_cases_without_their_row_do_not_count(store: RunStore) -> None:
     assert store.cases()["n"].tolist() == [1]
 
 
+# --- Damage ------------------------------------------------------------------------------------------------
+
+
+def stored_twice(store: RunStore) -> Path:
+    """Two checkpoints; the file of their rows."""
+    for n in (1, 20):
+        row = {**place(n), "run": "ab", "rel": 0.5, "rel_low": 0.25, "rel_high": 1.0, "warnings": "two\nlines"}
+        store.add_checkpoint(row, pd.DataFrame({"n": n, "protocol": "greedy", "rel": [0.25, 0.75]}))
+    return store.path / "checkpoints.csv"
+
+
+DAMAGES = {
+    "empty": lambda data: b"",
+    "garbage": lambda data: b"\xff\x00\xfe" * 50,
+    "text": lambda data: b"it is a fine day",
+    "half": lambda data: data[: len(data) // 2],
+    "last letter": lambda data: data[:-2],
+    "no header": lambda data: data[data.index(b"\n") + 1 :],
+    "a score": lambda data: data.replace(b"0.5", b"0.6", 1),
+    "a column's name": lambda data: data.replace(b",rel,", b",gen,", 1),
+    "no checksums": lambda data: data.replace(b"row_sha256", b"row_sha1"),
+    "another protocol": lambda data: data.replace(b"20,greedy", b"20,text", 1),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_damaged_rows_are_named_and_never_believed(store: RunStore, damage: Callable[[bytes], bytes]) -> None:
+    path = stored_twice(store)
+    path.write_bytes(damage(path.read_bytes()))
+    for read in (store.checkpoints, store.rows, store.cases, store.check):
+        with pytest.raises(UserError) as caught:
+            read()
+        assert str(caught.value).startswith(f"{path} is damaged (")
+        assert "; start the run again with force=true, or see what can be trusted with python -m" in str(caught.value)
+    with pytest.raises(UserError):  # and nothing is written beside it
+        store.add_checkpoint(place(3), ONE_CASE)
+    assert store.sound_checkpoints().empty
+
+
+def test_rows_of_an_older_version_are_called_that_and_not_damaged(store: RunStore) -> None:
+    write_text(store.path / "checkpoints.csv", "n,protocol,rel\n1,greedy,0.5\n")
+    write_text(store.path / "environment.json", '{"schema": 2}')
+    with pytest.raises(UserError) as caught:
+        store.checkpoints()
+    assert str(caught.value) == refused(store, 2)
+
+
+@pytest.mark.parametrize("what", ["bit", "empty", "missing", "folder"])
+def test_damaged_cases_are_named(store: RunStore, what: str) -> None:
+    stored_twice(store)
+    path = store.path / "cases.parquet" / "000000020-greedy.parquet"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.unlink()
+    if what == "folder":
+        path.mkdir()
+    elif what != "missing":
+        path.write_bytes(data if what == "bit" else b"")
+    for read in (store.check, store.cases):
+        with pytest.raises(UserError, match=r"cases\.parquet is damaged \(000000020-greedy\.parquet "):
+            read()
+    assert store.checkpoints()["n"].tolist() == [1, 20], "rows have checksums of their own"
+
+
+def test_a_lost_row_is_not_stored_and_the_others_are(store: RunStore) -> None:
+    path = stored_twice(store)
+    before = store.rows()
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:3]))  # the second row is on two lines each
+    assert store.rows() == before[:1]
+
+
+# --- A run that is made again ------------------------------------------------------------------------------
+
+
+def test_a_run_that_is_made_again_takes_the_place_of_the_old_one_however_often_it_is_killed(
+    store: RunStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At every rename and removal of the move in turn; the next holder of the lock does the rest."""
+    for k in range(1, 20):
+        store.clear()
+        stored_twice(store)
+        write_text(store.path / "wandb.json", "of the old run")
+        with store.locked():
+            store.again().add_checkpoint(place(5), ONE_CASE)
+            store.again().save_state({}, {"records": [1, 2]})
+            with monkeypatch.context() as patch:
+                steps = kill_after(k, patch)
+                with contextlib.suppress(KeyboardInterrupt):
+                    store.take_over()
+        with store.locked():
+            pass
+        assert store.rows() == [place(5)]
+        assert store.saved_n() == 2
+        assert files(store.path) == [
+            ".lock",
+            "cases.parquet/000000005-greedy.parquet",
+            "checkpoints.csv",
+            "state/stream.safetensors",
+        ]
+        if len(steps) < k:
+            break
+    assert k > 5
+
+
+def kill_after(k: int, patch: pytest.MonkeyPatch) -> list[Path]:
+    """Raise after the k-th path that is renamed or removed; those that were."""
+    steps: list[Path] = []
+    for name in ("rename", "unlink"):
+        step = getattr(Path, name)
+
+        def counted(path: Path, *rest: Any, step: Any = step, **more: Any) -> Any:
+            result = step(path, *rest, **more)
+            steps.append(path)
+            if len(steps) == k:
+                raise KeyboardInterrupt
+            return result
+
+        patch.setattr(Path, name, counted)
+    return steps
+
+
 def test_clear_forgets_everything_but_the_lock(store: RunStore) -> None:
     with store.locked():
         store.add_checkpoint(place(1), ONE_CASE)
@@ -253,7 +396,31 @@ def test_a_damaged_state_says_how_to_start_again(store: RunStore, damage: Callab
     with pytest.raises(UserError) as caught:
         store.load_state()
     assert str(caught.value).startswith(f"{path} is damaged (")
-    assert str(caught.value).endswith("); start the run again with force=true")
+    assert str(caught.value).endswith("or start the run again with force=true")
+
+
+@pytest.mark.parametrize("place", ["values", "progress"])
+def test_a_single_bit_of_a_state_is_noticed_and_never_believed(store: RunStore, place: str) -> None:
+    store.save_state({"x": torch.ones(20)}, {"position": 7})
+    path = store.path / "state" / "stream.safetensors"
+    data = bytearray(path.read_bytes())
+    data[data.rindex(b"7") if place == "progress" else len(data) - 3] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=r"is damaged \(it does not agree with its checksum\); delete it to edit"):
+        store.load_state()
+
+
+def test_a_state_that_is_not_finite_names_its_tensor(store: RunStore) -> None:
+    store.save_state({"fine": torch.ones(2), "broken": torch.tensor([1.0, math.nan])}, {"position": 1})
+    with pytest.raises(UserError, match=r"is damaged \(broken holds numbers that are not finite\)"):
+        store.load_state()
+
+
+def test_a_folder_in_the_place_of_the_state_is_one_sentence(store: RunStore) -> None:
+    (store.path / "state" / "stream.safetensors").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"stream\.safetensors is damaged"):
+        store.load_state()
+    assert store.saved_n() == 0
 
 
 # --- Identity ----------------------------------------------------------------------------------------------
@@ -387,7 +554,11 @@ def test_a_folder_of_this_schema_is_gone_on_with_and_an_empty_one_too(store: Run
     store.describe(CONFIG, {"device": "cpu"}, {"n": 1})
     store.add_checkpoint(place(1), ONE_CASE)
     store.check_schema()
-    assert json.loads((store.path / "environment.json").read_text()) == {"schema": SCHEMA, "device": "cpu"}
+    store.describe(CONFIG, {"device": "cuda"}, {"n": 1})
+    assert json.loads((store.path / "environment.json").read_text()) == {
+        "schema": SCHEMA,
+        "sittings": [{"device": "cpu"}, {"device": "cuda"}],
+    }
 
 
 @pytest.mark.parametrize(
@@ -418,7 +589,7 @@ def test_a_folder_of_another_schema_is_refused_in_a_sentence(
 
 @pytest.mark.parametrize(
     ("metadata", "number"),
-    [(None, "none"), ({"progress": "{}"}, "none"), ({"schema": "1", "progress": "{}"}, 1), ({"schema": "3"}, 3)],
+    [(None, "none"), ({"progress": "{}"}, "none"), ({"schema": "1", "progress": "{}"}, 1), ({"schema": "99"}, 99)],
 )
 def test_a_state_of_another_schema_is_refused_in_a_sentence(
     store: RunStore, metadata: dict[str, str] | None, number: object
@@ -483,8 +654,58 @@ def test_only_missing_base_predictions_are_made(tmp_path: Path) -> None:
     assert sorted(json.loads(path.read_text())) == ["a", "b", "c", "d"]
 
 
-def test_a_damaged_file_of_base_predictions_is_made_again(tmp_path: Path) -> None:
+OTHER_SCHEMAS = ['{"a": {"ids"', "[]", "null", '"a"', '{"a": {"ids": [1]}}', '{"a": [1]}', '{"a": null}', "\udcff", ""]
+
+
+@pytest.mark.parametrize("content", OTHER_SCHEMAS)
+def test_a_file_that_holds_no_base_predictions_is_named_and_made_again(tmp_path: Path, content: str) -> None:
     path = tmp_path / "predictions.json"
-    path.write_text('{"a": {"ids"')
-    assert stored_predictions(path, ["a"], lambda missing: [{"ids": [7]} for _ in missing]) == [{"ids": [7]}]
-    assert json.loads(path.read_text()) == {"a": {"ids": [7]}}
+    path.write_text(content, errors="surrogateescape")
+    said: list[str] = []
+    made = stored_predictions(path, ["a"], lambda missing: [{"ids": [7]} for _ in missing], said.append)
+    assert made == [{"ids": [7]}]
+    assert len(said) == 1
+    assert said[0].startswith(f"{path} is damaged")
+    assert stored_predictions(path, ["a"], lambda _: [], said.append) == [{"ids": [7]}]
+    assert len(said) == 1
+
+
+def test_a_changed_base_prediction_is_made_again_and_the_others_are_kept(tmp_path: Path) -> None:
+    path = tmp_path / "predictions.json"
+    predicted: list[list[int]] = []
+
+    def predict(missing: list[int]) -> list[dict[str, list[int]]]:
+        predicted.append(missing)
+        return [{"ids": [10 * i]} for i in missing]
+
+    made = stored_predictions(path, ["a", "b", "c"], predict)
+    entries = json.loads(path.read_text())
+    entries["b"]["ids"] = [11]  # one more than it was
+    path.write_text(json.dumps(entries))
+    said: list[str] = []
+    assert stored_predictions(path, ["a", "b", "c"], predict, said.append) == [
+        {"ids": [0]},
+        {"ids": [10]},
+        {"ids": [20]},
+    ]
+    assert made == [{"ids": [0]}, {"ids": [10]}, {"ids": [20]}]
+    assert predicted == [[0, 1, 2], [1]]
+    assert said == [f"{path} is damaged: 1 of 3 predictions are made again"]
+
+
+def test_predictions_of_another_model_or_probe_are_not_believed(tmp_path: Path) -> None:
+    path, other = tmp_path / "a.json", tmp_path / "b.json"
+    stored_predictions(path, ["a", "b"], lambda missing: [{"ids": [i]} for i in missing])
+    other.write_bytes(path.read_bytes())
+    assert stored_predictions(other, ["a"], lambda _: [{"ids": [9]}]) == [{"ids": [9]}]
+    entries = json.loads(path.read_text())
+    path.write_text(json.dumps({"a": entries["b"], "b": entries["a"]}))
+    assert stored_predictions(path, ["b"], lambda _: [{"ids": [8]}]) == [{"ids": [8]}]
+
+
+def test_what_a_killed_writer_left_among_the_base_predictions_is_swept(tmp_path: Path) -> None:
+    leftovers = [tmp_path / name for name in (".predictions.json.12.tmp", ".of-another-model.json.7.tmp")]
+    for leftover in leftovers:
+        leftover.write_text("half of")
+    stored_predictions(tmp_path / "predictions.json", ["a"], lambda _: [{"ids": [1]}])
+    assert [path for path in leftovers if path.exists()] == []

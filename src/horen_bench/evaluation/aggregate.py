@@ -34,6 +34,7 @@ class Costs:
     """What the edits up to a checkpoint took, as columns."""
 
     edit_seconds: float  # in the editor so far
+    slices: str  # how many cases the editor got at a time, e.g. `1024x3 28`: decides the order of sums
     inference_ms: float  # per probe, after the edits
     side_parameters: int  # numbers stored beside the base model
     side_memory: Mapping[str, int]  # the same by kind; columns `side_<kind>`
@@ -150,6 +151,7 @@ def rows_of(
         **summary(cases, list(probes["family"].unique()), facts.seed, suffixes(probes)),
         "loc_touched": evaluated.n_touched,
         "failed_edits": sum(record.action == "failed" for record in records),
+        "slices": costs.slices,
         "edit_seconds": costs.edit_seconds,
         "eval_seconds": evaluated.seconds,
         "edits_per_second": written / costs.edit_seconds if written else math.nan,

@@ -80,7 +80,7 @@ def base_predictions(
         predictions = evaluator.predict([probes[i] for i in missing], advance)
         return [{"ids": list(new.ids), "scored_ids": list(new.scored_ids)} for new in predictions]
 
-    stored = stored_predictions(file, [probe.key for probe in probes], predict)
+    stored = stored_predictions(file, [probe.key for probe in probes], predict, bars.say)
     return {
         probe: Prediction(tuple(ids["ids"]), tuple(ids["scored_ids"]))
         for probe, ids in zip(probes, stored, strict=True)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from horen_bench.cases import EditCase, Route
 from horen_bench.config.schema import RunConfig
-from horen_bench.datasets.audit import touched_probes
+from horen_bench.datasets.audit import dominating_mention, paraphrase_warnings, touched_probes
 from horen_bench.evaluation.aggregate import Evaluated, per_probe
 from horen_bench.evaluation.cache import PredictionCache, base_predictions
 from horen_bench.evaluation.evaluator import Evaluator
@@ -64,7 +64,8 @@ class CheckpointEvaluation:
             bars: where progress is shown.
         """
         cache, prefix = self._caches[protocol], self._cases[:n]
-        touched = {(each.case, each.probe.prompt) for each in touched_probes(prefix)}
+        touches = touched_probes(prefix)
+        touched = {(each.case, each.probe.prompt) for each in touches}
         left_out = touched if self._config.locality == "clean" else set()
         positions = sample(n, self._config.eval_cases, self._config.seed)
         probes = [probe for probe in self._about(set(positions)) if not _is_locality_of(probe, left_out)]
@@ -81,7 +82,11 @@ class CheckpointEvaluation:
             probes=table,
             seconds=spent,
             n_touched=len(touched),
-            warnings=[*cache.evaluator.warnings(), *self._locality_warnings(n, len(touched))],
+            warnings=[
+                *cache.evaluator.warnings(),
+                *self._locality_warnings(n, len(touched), dominating_mention(touches)),
+                *paraphrase_warnings(prefix),
+            ],
         )
 
     def _sampled(self, checkpoints: Iterable[int]) -> set[int]:
@@ -91,12 +96,12 @@ class CheckpointEvaluation:
     def _about(self, positions: set[int]) -> list[CaseProbe]:
         return [probe for probe in self.probes if probe.case in positions]
 
-    def _locality_warnings(self, n: int, n_touched: int) -> list[str]:
+    def _locality_warnings(self, n: int, n_touched: int, cause: str) -> list[str]:
         if not n_touched:
             return []
         clean = self._config.locality == "clean"
         rule = "were left out" if clean else "count in Loc; locality=clean leaves them out"
-        return [f"N={n}: {n_touched} locality probes are touched by another edit and {rule}"]
+        return [f"N={n}: {n_touched} locality probes are touched by another edit{cause} and {rule}"]
 
 
 def evaluator_of(protocol: str, config: RunConfig, loaded: LoadedModel) -> Evaluator:

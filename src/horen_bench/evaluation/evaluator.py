@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from horen_bench.evaluation.probes import CaseProbe
+from horen_bench.models.memory import is_out_of_memory
 from horen_bench.prompts import PromptEncoder
 
 Advance = Callable[[int], None]
@@ -45,7 +46,7 @@ class Evaluator(ABC):
     def predict(self, probes: Sequence[CaseProbe], advance: Advance = lambda _: None) -> list[Prediction]:
         """The model's predictions, in the order of the probes.
 
-        Where the device's memory does not do for a batch, it is halved, and stays so.
+        Where memory does not do for a batch, on the host or a device, it is halved, and stays so.
 
         Args:
             probes: what to predict.
@@ -57,8 +58,8 @@ class Evaluator(ABC):
             batch = order[len(predictions) : len(predictions) + self._size()]
             try:
                 fresh = self.predict_batch([probes[i] for i in batch])
-            except torch.OutOfMemoryError:
-                if len(batch) == 1:
+            except (RuntimeError, MemoryError) as error:
+                if len(batch) == 1 or not is_out_of_memory(error):
                     raise
                 self._fitting.append(len(batch) // 2)
             else:

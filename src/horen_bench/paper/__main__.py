@@ -12,20 +12,21 @@ import pandas as pd
 from rich.console import Console
 
 from horen_bench.errors import UserError
+from horen_bench.interruption import Interrupted, Interruptions
 from horen_bench.paper.estimate import estimate, estimate_table
 from horen_bench.paper.figures import FIGURES, draw
 from horen_bench.paper.grids import Cell, cells, collect, plan, results_dir, suite_of
 from horen_bench.paper.pool import run_missing, say
 from horen_bench.paper.tables import TABLES, write_audit, write_settings, write_table
 
-_ERROR, _INTERRUPTED = 2, 130  # exit codes
+_ERROR = 2  # exit code
 _SETTINGS = "table3"  # reads the configuration; nothing is run for it
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Estimate, run what is missing, write tables and figures; the exit code.
 
-    It is 2 if a run failed or something cannot be written, 130 after an interruption.
+    It is 2 if a run failed or something cannot be written, 128 and its number after a signal.
     """
     parser = argparse.ArgumentParser(prog="python -m horen_bench.paper", description="Tables and figures of the paper.")
     known = ", ".join([*TABLES, *FIGURES])
@@ -38,13 +39,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_intermixed_args(arguments)
     console = Console()
     try:
-        return _main(options, console)
+        with Interruptions():
+            return _main(options, console)
     except UserError as error:
         _complain(error)
         return _ERROR
-    except KeyboardInterrupt:
-        say(console, "interrupted; the same command goes on")
-        return _INTERRUPTED
+    except KeyboardInterrupt as stop:
+        signal = stop if isinstance(stop, Interrupted) else Interrupted()
+        say(console, signal.sentence)
+        return signal.code
 
 
 def _main(options: argparse.Namespace, console: Console) -> int:

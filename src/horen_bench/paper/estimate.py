@@ -52,12 +52,12 @@ def estimate(runs: Sequence[PlannedRun]) -> pd.DataFrame:
 
 def _history(results_dir: str) -> pd.DataFrame:
     stores = [RunStore(path.parent) for path in Path(results_dir).glob("runs/*/checkpoints.csv")]
-    rows = [store.checkpoints() for store in stores]
+    rows = [store.sound_checkpoints() for store in stores]
     return pd.concat(rows, ignore_index=True) if rows else pd.DataFrame()
 
 
 def _estimate(planned: PlannedRun, history: pd.DataFrame) -> dict[str, Any]:
-    config, stored = planned.config, planned.store.checkpoints()["n"]
+    config, stored = planned.config, planned.store.sound_checkpoints()["n"]
     first, last = planned.missing[0][0], max(n for n, _ in planned.missing)
     edits = last - int(max((n for n in stored if n <= first), default=0))
     alike, memory = history, float("nan")

@@ -94,7 +94,7 @@ class Cell:
         """Checkpoints that are not stored, but for what the grid leaves out; none of a cell that cannot be run."""
         if self.problem:
             return []
-        stored = _places(self.store.checkpoints())
+        stored = _places(self.store.sound_checkpoints())
         return [place for place in self.checkpoints if place not in stored and not self.leaves_out(place)]
 
     def leaves_out(self, checkpoint: Checkpoint) -> bool:
@@ -259,14 +259,14 @@ def filling(cell: Cell) -> str:
 def _stored(cell: Cell) -> pd.DataFrame:
     if cell.problem:
         return pd.DataFrame()
-    rows = cell.store.checkpoints()
+    rows = cell.store.sound_checkpoints()
     rows = rows[[place in cell.checkpoints for place in zip(rows["n"], rows["protocol"], strict=True)]]
     about = pd.DataFrame({**_about(cell), "status": "finished", "reason": ""}, index=rows.index)
     return pd.concat([rows, about], axis=1)
 
 
 def _absent(cell: Cell) -> pd.DataFrame:
-    stored = set() if cell.problem else _places(cell.store.checkpoints())
+    stored = set() if cell.problem else _places(cell.store.sound_checkpoints())
     return pd.DataFrame(
         {
             "n": n,
@@ -287,7 +287,7 @@ def _why_absent(cell: Cell, checkpoint: Checkpoint) -> tuple[str, str]:
     if cell.leaves_out(checkpoint):
         seconds = usual_seconds(cell.config, checkpoint[0])
         return "not run", f"{checkpoint[0]:,} edits take about {duration(seconds)} here"
-    if failure := cell.store.failure():
+    if failure := cell.store.damage() or cell.store.failure():
         return "failed", failure
     if not cell.at_hand():
         return "not run", f"the weights of {cell.config.model.hub_id} are not on this machine"

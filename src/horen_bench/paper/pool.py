@@ -1,6 +1,7 @@
 """Planned runs, each in a process of its own, so that its peak memory is its own and a crash stops no other."""
 
 import multiprocessing
+import sys
 import time
 from collections.abc import Sequence
 from multiprocessing.connection import wait
@@ -10,6 +11,7 @@ from multiprocessing.process import BaseProcess
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from horen_bench.interruption import Interrupted
 from horen_bench.paper.estimate import PlannedRun, duration
 from horen_bench.results.store import in_a_sentence
 from horen_bench.runner import run
@@ -59,6 +61,8 @@ def _run(planned: PlannedRun, quiet: bool) -> None:
     config = planned.config.model_copy(update={"n": max(n for n, _ in planned.missing)})
     try:
         run(config, Console(quiet=quiet), planned.missing)
+    except Interrupted as stop:  # by the process that started this one, which says so
+        sys.exit(stop.code)
     except Exception as error:  # whatever it is, the other runs go on
         planned.store.record_failure(in_a_sentence(error))
 

@@ -29,6 +29,12 @@ _COST = {
     "side_values": "Values, M ↓",
     "side_modified": "Modified, M ↓",
 }
+# What LaTeX does not print as it stands.
+_LATEX = str.maketrans(
+    {sign: rf"\{sign}" for sign in "%_&#${}"}
+    | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+    | {"↑": r"$\uparrow$", "↓": r"$\downarrow$"}
+)
 _TEXT = {name: f"{head} ↑" for name, head in TEXT.items()}
 
 
@@ -221,9 +227,7 @@ def _latex(text: str, table: pd.DataFrame) -> str:
 
 
 def _latex_text(text: object) -> str:
-    escaped = f"{text:,}" if isinstance(text, int) else str(text)
-    for sign, latex in {"%": r"\%", "_": r"\_", "&": r"\&", "↑": r"$\uparrow$", "↓": r"$\downarrow$"}.items():
-        escaped = escaped.replace(sign, latex)
+    escaped = (f"{text:,}" if isinstance(text, int) else str(text)).translate(_LATEX)
     return re.sub(r"`([^`]*)`", r"\\texttt{\1}", escaped)
 
 

@@ -11,7 +11,7 @@ from horen_bench.results.atomic import write_text
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Write the page; the exit code."""
+    """Write the page; the exit code, 2 where a run could not be read and is only named on it."""
     parser = argparse.ArgumentParser(prog="python -m horen_bench.report", description="One page about all stored runs.")
     parser.add_argument(
         "results",
@@ -25,12 +25,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     out: Path = options.out or options.results[0] / "report.html"
     try:
-        write_text(out, report(read(options.results)))
+        runs = read(options.results)
+        write_text(out, report(runs))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
         return 2
+    damaged = [run.damage for run in runs if run.damage]
+    for sentence in damaged:
+        print(f"error: {sentence}", file=sys.stderr)  # noqa: T201
     print(out)  # noqa: T201
-    return 0
+    return 2 if damaged else 0
 
 
 if __name__ == "__main__":

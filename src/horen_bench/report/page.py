@@ -135,6 +135,9 @@ def _remarks(runs: Sequence[tuple[StoredRun, str]]) -> Iterator[str]:
     for run, variant in runs:
         known = f"{run.label('method')} on {run.label('model')}, {run.label('dataset')}" if run.config else run.name
         name = known + (variant and f" ({variant})")
+        if run.damage:
+            yield f"<li>{escape(run.damage)}</li>"
+            continue
         if run.failure:
             yield f"<li>{escape(f'{name}: the last attempt failed: {run.failure}')}</li>"
         elif run.rows.empty:

@@ -29,6 +29,7 @@ class StoredRun:
         rows: its checkpoint rows; may be empty.
         cases: its per-case rows at the last checkpoint of each protocol.
         failure: why its last attempt failed, if it did.
+        damage: why its files cannot be read, if they cannot; then nothing but the name is known.
     """
 
     name: str
@@ -36,21 +37,22 @@ class StoredRun:
     rows: pd.DataFrame
     cases: pd.DataFrame
     failure: str | None = None
+    damage: str | None = None
 
     def label(self, part: str) -> str:
         """The printed name of its `model`, `method` or `dataset`; "" where that is not known."""
-        settings = self.config.get(part, {"name": ""})
-        return str(settings.get("label", settings["name"]))
+        settings = self.config.get(part, {})
+        return str(settings.get("label", settings.get("name", "")))
 
 
 def read(results: Iterable[Path]) -> list[StoredRun]:
-    """The runs below results folders, by model, dataset, method and name.
+    """The runs below results folders, by model, dataset, method and name; one that is damaged is named and stays empty.
 
     Args:
         results: folders with `runs/` in them (`results_dir` of the runs).
 
     Raises:
-        UserError: a folder holds no run, or a run's files cannot be read.
+        UserError: a folder holds no run.
     """
     runs: list[StoredRun] = []
     for folder in results:
@@ -64,14 +66,30 @@ def read(results: Iterable[Path]) -> list[StoredRun]:
 def _read_run(path: Path) -> StoredRun:
     store = RunStore(path)
     try:
-        rows, cases = store.checkpoints(), _last(store.cases())
-        file = path / "config.yaml"
-        config = OmegaConf.to_container(OmegaConf.load(file)) if file.exists() or len(rows) else {}
-        assert isinstance(config, dict)
-        return StoredRun(path.name, {str(key): value for key, value in config.items()}, rows, cases, store.failure())
-    except (OSError, ValueError, YAMLError, OmegaConfBaseException, AssertionError) as error:
+        rows, cases, config = store.checkpoints(), _last(store.cases()), _config(path / "config.yaml")
+        if len(rows) and not config:
+            raise UserError(f"{path / 'config.yaml'} is missing")
+    except (UserError, OSError, ValueError, YAMLError, OmegaConfBaseException) as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"{path} cannot be read ({reason}); move it away, or run it again with force=true.") from error
+        damage = f"{path} cannot be read ({reason}); move it away, or run it again with force=true"
+        return StoredRun(path.name, {}, pd.DataFrame(columns=["n", "protocol"]), pd.DataFrame(), damage=damage)
+    return StoredRun(path.name, config, rows, cases, store.failure())
+
+
+def _config(file: Path) -> dict[str, Any]:
+    """A run's configuration; nothing where it failed before it wrote one.
+
+    Raises:
+        ValueError: the file holds something else.
+    """
+    if not file.exists():
+        return {}
+    config = OmegaConf.to_container(OmegaConf.load(file))
+    parts = [config.get(part) for part in ("model", "method", "dataset")] if isinstance(config, dict) else [None]
+    if not all(isinstance(part, dict) and part.get("name") for part in parts):
+        raise ValueError(f"{file} names no model, method and dataset")
+    assert isinstance(config, dict)
+    return {str(key): value for key, value in config.items()}
 
 
 def _last(cases: pd.DataFrame) -> pd.DataFrame:
