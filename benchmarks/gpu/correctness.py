@@ -180,7 +180,7 @@ def evaluation_in_scarce_memory(step: Step, memory: Mapping[str, Any]) -> Iterat
 
 
 def automatic_batch(step: Step, memory: Mapping[str, Any]) -> Iterator[Figure]:
-    """The batch that free memory is guessed to do for, twice: what torch keeps in its pools must not count as taken."""
+    """The batch that the GPU is guessed to have room for, before and after a run: what is free must not count."""
     training = ValueTraining(_roomy_model(step, memory), _module(memory), cases(memory["n_edits"]))
     yield Figure("values side by side", training.batch(), "values")
     training.run(memory["n_steps"], None)

@@ -446,11 +446,39 @@ def test_a_loss_that_is_not_finite_is_reported_and_the_stream_goes_on(
         "horen_bench.editors.codebook.training.edit_loss",
         lambda *args: edit_loss(*args) * (math.nan if next(calls) == 2 else 1.0),
     )
-    first, second = build().edit(CASES[:2])
-    assert first.problem == "the loss was not finite; the last finite value was kept"
-    assert (first.action, first.entry, first.steps) == ("inserted", 0, 2)
-    assert math.isfinite(first.loss)
-    assert (second.action, second.problem, second.steps) == ("inserted", None, 30)
+    editor = build()
+    first, second = editor.edit(CASES[:2])
+    assert first.problem == "the loss was not finite; nothing was written"
+    assert (first.action, first.entry, first.steps) == ("failed", None, 0)
+    assert (second.action, second.entry, second.problem, second.steps) == ("inserted", 0, None, 30)
+    assert len(editor.codebook) == 1
+
+
+def test_eps_of_the_settings_is_the_distance_below_which_a_query_stays(build: Build) -> None:
+    # The lone key is its own retrieval; the query is sqrt(2) away from it.
+    editor = build(hopfield={"alpha": 0.5, "eps": 1.41})
+    remember(editor, axis(0))
+    torch.testing.assert_close(editor.refined(axis(1)[None]), (axis(0) + axis(1))[None] * 0.5**0.5)
+    editor.detach()
+    editor = build(hopfield={"alpha": 0.5, "eps": 1.42})
+    remember(editor, axis(0))
+    assert torch.equal(editor.refined(axis(1)[None]), axis(1)[None])
+
+
+@pytest.mark.parametrize("scale", [0.5, -2.0])
+def test_a_lora_value_acts_by_the_scale_of_the_settings(scale: float, build: Build) -> None:
+    # A = the first output's axis, B = 3 on the second: o_1 grows by scale * 3 * o_0 at the last prompt token.
+    editor = build(adaptor="lora", lora={"rank": 1, "scale": scale})
+    (key,) = editor.queries(editor.encoder.prompts([PROMPT]))
+    a, b = torch.zeros(1, 64), torch.zeros(64, 1)
+    a[0, 0], b[1, 0] = 1.0, 3.0
+    editor.codebook.set_value(editor.codebook.append(key, (1,), prompt_length=3), {"a": a, "b": b})
+    outputs, mask = torch.randn(1, 4, 64), torch.ones(1, 4, dtype=torch.bool)
+    rows = torch.tensor([0])
+    change = editor._written(outputs, mask, editor.codebook.value(rows), rows) - outputs
+    expected = torch.zeros_like(outputs)
+    expected[0, -1, 1] = scale * 3 * outputs[0, -1, 0]
+    torch.testing.assert_close(change, expected)
 
 
 def test_an_empty_target_fails_alone(build: Build) -> None:

@@ -125,6 +125,13 @@ def test_budget_and_retries_bound_what_is_trained_again(build: Build) -> None:
     assert editor.n_trainings == 4 * 3
 
 
+def test_training_stops_by_the_settings_of_the_side_memory(build: Build) -> None:
+    # From 1e9, what counts as the loss before the first, no change is small enough before the third pass.
+    loose = {"loss": 1e8, "change": 1e8}
+    (record,) = build({"early_stopping": loose, "save_freq": 1, "merge_freq": 1}, max_rounds=0).edit(CASES[:1])
+    assert record.steps == 2
+
+
 def test_what_is_right_is_not_trained_again(build: Build) -> None:
     editor = build({"n_steps": 40}, max_rounds=1)
     editor.edit(CASES[:1])

@@ -184,7 +184,7 @@ def identity(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def decided(live: float | None, memories: list[tuple[float, float]]) -> int:
+def decided(live: float | None, memories: list[tuple[float, float]], act_ratio: float = 1.0) -> int:
     """Choice for an input of 1 with main output 0; weights are the scores, thresholds as given."""
     ones = torch.ones(1, 1, 1)
     routed = route(
@@ -193,7 +193,7 @@ def decided(live: float | None, memories: list[tuple[float, float]]) -> int:
         torch.ones(1, 1, dtype=torch.bool),
         live=None if live is None else Memory(torch.tensor([[live]]), 2.0),
         memories=[Memory(torch.tensor([[score]]), threshold) for score, threshold in memories],
-        act_ratio=1.0,
+        act_ratio=act_ratio,
         activation=identity,
         bias=None,
     )
@@ -219,6 +219,31 @@ def test_strongest_memory_above_its_threshold_acts(
     live: float | None, memories: list[tuple[float, float]], choice: int
 ) -> None:
     assert decided(live, memories) == choice
+
+
+@pytest.mark.parametrize(
+    ("live", "memories", "act_ratio", "choice"),
+    [
+        (1.0, [], 0.5, 0),  # 2 * 0.5 is reached
+        (0.9, [], 0.5, -1),
+        (2.5, [], 1.5, -1),  # 2 * 1.5 is not
+        (3.0, [], 1.5, 0),
+        (None, [(0.6, 1.0)], 0.5, 1),
+        (None, [(1.4, 1.0)], 1.5, -1),
+    ],
+)
+def test_thresholds_are_the_ratio_times_the_smallest_activation(
+    live: float | None, memories: list[tuple[float, float]], act_ratio: float, choice: int
+) -> None:
+    assert decided(live, memories, act_ratio) == choice
+
+
+@pytest.mark.parametrize(("n_tokens", "score"), [(100, 0.5), (101, 50.0)])
+def test_the_largest_distance_counts_from_one_more_than_a_hundred_tokens(n_tokens: int, score: float) -> None:
+    side = torch.zeros(1, n_tokens, 1)
+    side[0, 3] = 50.0
+    mask = torch.ones(1, n_tokens, dtype=torch.bool)
+    assert scores(side, torch.zeros_like(side), mask, identity).tolist() == pytest.approx([score])
 
 
 def test_score_is_the_mean_over_real_tokens_and_past_a_hundred_the_largest() -> None:
@@ -402,6 +427,35 @@ def test_edit_without_a_finite_loss_leaves_its_neighbour_alone(
     torch.testing.assert_close(sound.weight, alone.weight, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("totals", "steps"),
+    [
+        # Settled where the last loss and the one before differ by at most 0.1, and the last is at most 0.5.
+        ([2.0, 0.5, 0.4375, 9.0, 9.0, 9.0], 3),  # before the fourth pass 0.5 and 0.4375 are known
+        ([2.0, 0.625, 0.5625, 0.5, 9.0, 9.0], 4),  # near each other at once, low enough two passes later
+        ([2.0, 0.5, 0.375, 0.25, 0.125, 0.0], 6),  # low, and never near each other
+        ([0.5, 0.5, 9.0, 9.0, 9.0, 9.0], 2),
+    ],
+)
+def test_training_stops_once_the_loss_has_settled(
+    totals: list[float], steps: int, build: Build, golden_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    editor = build(n_steps=6, early_stopping={"loss": 0.5, "change": 0.1})
+    upper, base = editor._fast.layers(), editor.weights.base
+    assert upper is not None
+    edit = SideEdit(rows_of(golden_tokenizer, "why"), torch.ones_like(base), base, 0)
+    forward, script = upper.side_pass([edit.rows], None, editor._activation), iter(totals)
+    labels = Labels.of([edit.rows])
+
+    def rest(done: Any) -> Tensor:
+        """What the edit loss lacks to the total of the script."""
+        return next(script) - edit_loss(done.logits, labels)
+
+    settings: dict[str, Any] = {"base": base, "side": editor.side, "act_weight": 0.0}
+    (trained,) = train_sides([edit], forward=forward, extra=rest, **settings)
+    assert trained.steps == steps
+
+
 # --- Where irrelevant prompts are from -----------------------------------------------------------------
 
 
@@ -454,11 +508,14 @@ def test_prompts_come_from_a_file(tmp_path: Path, wise_config: Callable[..., Wis
 # --- Failures, state, WISE-Merge -----------------------------------------------------------------------
 
 
-def test_non_finite_loss_keeps_the_last_finite_weight(build: Build) -> None:
-    editor = build(learning_rate=1e30, norm_constraint=None)
-    record, *_ = editor.edit(CASES[:1])
-    assert record.problem == "the loss was not finite; the last finite side weight was kept"
-    assert editor.weights.live is None or side_weight(editor).isfinite().all()
+@pytest.mark.parametrize("n_steps", [1, 5])
+def test_an_edit_without_a_finite_loss_has_failed_and_leaves_nothing(build: Build, n_steps: int) -> None:
+    editor = build(learning_rate=1e30, norm_constraint=None, n_steps=n_steps)
+    (record,) = editor.edit(CASES[:1])
+    assert (record.action, record.steps) == ("failed", 0)
+    assert record.problem == "the loss was not finite; the side weight was put back"
+    assert editor.weights.live is None
+    assert editor.weights.lowest == 1e9
 
 
 def test_blank_target_fails_and_keeps_its_place_in_the_shard(build: Build) -> None:

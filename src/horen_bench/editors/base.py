@@ -19,7 +19,8 @@ class Editor(ABC, Generic[ConfigT]):
 
     `edit` may batch, cache and parallelise as it likes, but the state after `edit(a); edit(b)` equals the
     state after `edit(a + b)`. Between calls `model` is an ordinary Hugging Face model that shows the
-    edits to `model(...)` and `model.generate(...)` alike.
+    edits to `model(...)` and `model.generate(...)` alike. A case that cannot be written has failed, says so in its
+    record and leaves nothing behind.
 
     Args:
         model: a causal language model.
@@ -61,7 +62,11 @@ class Editor(ABC, Generic[ConfigT]):
 
     @abstractmethod
     def edit(self, cases: Sequence[EditCase]) -> list[EditRecord]:
-        """Write the cases on top of the earlier ones, as if one by one and in order."""
+        """Write the cases on top of the earlier ones, as if one by one and in order.
+
+        Where it is interrupted, or memory runs out, none of at most `slice_size` cases is written: the editor is as it
+        was before, and can be saved or go on.
+        """
 
     def flush(self) -> None:
         """Write what still waits for later cases; called before the model is evaluated."""

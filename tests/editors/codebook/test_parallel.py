@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from horen_bench.editors.codebook.adaptors import Adaptor, LoraAdaptor, VectorAdaptor
 from horen_bench.editors.codebook.config import EarlyStopping
-from horen_bench.editors.codebook.parallel import train_values
+from horen_bench.editors.codebook.parallel import _fitting_batch, _ValueRows, train_values
 from horen_bench.editors.codebook.training import Schedule, TrainedValue, ValueJob, train_value
 from horen_bench.models.partial import UpperLayers
 from horen_bench.prompts import EncodedEdit
@@ -107,8 +108,16 @@ def test_a_value_that_breaks_is_reported_and_does_not_touch_its_neighbours(upper
         torch.testing.assert_close(together[i].value["vector"], alone.value["vector"], rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("no more memory"),
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+    ],
+)
 def test_a_batch_that_does_not_fit_is_halved_and_nothing_is_lost(
-    upper: UpperLayers, monkeypatch: pytest.MonkeyPatch
+    upper: UpperLayers, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     adaptor = VectorAdaptor(32, 0.5)
     schedule = Schedule(0.5, 12, _PAPER)
@@ -120,7 +129,7 @@ def test_a_batch_that_does_not_fit_is_halved_and_nothing_is_lost(
     def losses(self: UpperLayers, states: Any, added: Tensor) -> Tensor:
         sizes.append(len(states))
         if len(states) > 3:
-            raise torch.OutOfMemoryError("no more memory")
+            raise error
         return fitting(self, states, added)
 
     monkeypatch.setattr(UpperLayers, "losses", losses)
@@ -158,6 +167,28 @@ def test_what_is_trained_already_is_not_trained_again_after_memory_ran_out(
         assert trained.losses == pytest.approx(expected[job.position].losses, rel=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("vocabulary", "rows"),
+    # 16 tokens x (40 x 32 x 2 + 12 x vocabulary) numbers x 2 bytes an edit, of 2 GiB; at most 256.
+    [(61, 256), (20_000, 256), (100_000, 55), (10_000_000, 1)],
+)
+def test_rows_on_a_cpu_follow_from_the_shape_of_the_model_alone(
+    upper: UpperLayers, monkeypatch: pytest.MonkeyPatch, vocabulary: int, rows: int
+) -> None:
+    sizes: list[int] = []
+    monkeypatch.setattr(upper._model.config, "vocab_size", vocabulary)
+
+    def fresh(jobs: Sequence[ValueJob], *_: Any) -> None:
+        sizes.append(len(jobs))
+        raise EOFError
+
+    monkeypatch.setattr(_ValueRows, "fresh", fresh)
+    adaptor = VectorAdaptor(32, 0.5)
+    with pytest.raises(EOFError):
+        list(train_values(_jobs(300, adaptor), upper, adaptor.added, Schedule(0.5, 1, None)))
+    assert sizes == [rows]
+
+
 class _Waits(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own
     """Counts operations for which the host waits for a GPU: a number read, a shape that depends on values."""
 
@@ -180,6 +211,27 @@ def test_further_steps_read_no_single_number_and_count_nothing(upper: UpperLayer
         return int(mode.n)
 
     assert waits(2) == waits(9)
+
+
+@pytest.mark.parametrize(
+    ("gib", "weights_gib", "expected"),
+    [(80, 16, 32), (79, 16, 16), (16, 15.5, 1), (12, 16, 1), (4096, 16, 1024)],
+)
+def test_the_batch_on_a_gpu_follows_its_size_not_what_is_free(
+    gib: float, weights_gib: float, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At 1 GiB an edit: half of 64 GiB are 32 rows; half of 63 are 31, of which 16 are taken."""
+
+    def size_of(device: torch.device) -> SimpleNamespace:
+        return SimpleNamespace(total_memory=int(gib * 2**30))
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", size_of)
+    upper = SimpleNamespace(
+        device=torch.device("cuda", 0),
+        bytes_of_weights=lambda: int(weights_gib * 2**30),
+        bytes_per_edit=lambda: 2**30,
+    )
+    assert _fitting_batch(cast(UpperLayers, upper)) == expected
 
 
 def test_a_single_edit_that_does_not_fit_is_an_error(upper: UpperLayers, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,7 +42,7 @@ def test_key_memory_solves_the_published_system_at_every_turn() -> None:
         system = p @ (k @ k.T + memory.moment().double()) + 0.7 * torch.eye(12)
         expected = torch.linalg.solve(system, p @ k @ residual.double()).T
         torch.testing.assert_close(memory.update(keys, residual).double(), expected, rtol=1e-4, atol=1e-5)
-        memory.append(keys)
+        memory = memory.extended(keys)
     a = memory.keys @ p.float()
     torch.testing.assert_close(
         memory.factor @ memory.factor.T, (a @ a.T + 0.7 * torch.eye(17)).double(), rtol=1e-4, atol=1e-4

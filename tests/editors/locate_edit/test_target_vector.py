@@ -1,15 +1,19 @@
 """The target vector: the layers above on cached states give what the whole model gives, alone and side by side."""
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from horen_bench.cases import EditCase
 from horen_bench.editors.locate_edit.config import TargetVectorTraining
 from horen_bench.editors.locate_edit.contexts import Contexts
 from horen_bench.editors.locate_edit.requests import PromptRow, request_of, rows_of
 from horen_bench.editors.locate_edit.target_vector import (
+    PerturbedModel,
     PerturbedUpperLayers,
     PerturbedWholeModel,
     keys_and_outputs,
@@ -85,3 +89,48 @@ def test_keys_of_a_layer_do_not_depend_on_that_layer_or_on_those_above(
     after, changed = keys_and_outputs(golden_model, last, {KEYED: projection}, rows)
     assert torch.equal(after[KEYED], before[KEYED])
     assert not torch.allclose(changed, output)
+
+
+# --- The loop on losses worked out by hand ---------------------------------------------------------------
+
+
+class Scripted(PerturbedModel):
+    """A model of which only the losses `(B,)` and v0 `(B, d)` are known; nothing drifts."""
+
+    def __init__(self, initial: Tensor, nll: Callable[[Tensor], Tensor]) -> None:
+        self.initial = initial
+        self._nll = nll
+
+    def nll_and_essence(self, delta: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
+        return self._nll(delta), torch.zeros(len(delta), 1)
+
+
+def plain(**changes: Any) -> TargetVectorTraining:
+    values = {"n_steps": 3, "learning_rate": 1e-6, "weight_decay": 0.0, "clamp": 1.0, "kl": 0.0}
+    return TargetVectorTraining(**{**values, **changes})
+
+
+def test_a_request_is_done_once_its_loss_is_below_five_hundredths() -> None:
+    losses = torch.tensor([0.049, 0.051, 0.045])
+    model = Scripted(torch.ones(3, 2), lambda delta: losses + 0 * delta.sum(dim=1))
+    assert [len(seen) for seen in train_target_vectors(model, plain()).losses] == [1, 3, 1]
+
+
+@pytest.mark.parametrize(("clamp", "length"), [(0.1, 0.5), (0.2, 1.0), (1.0, 2**0.5)])
+def test_a_step_out_of_the_ball_is_shortened_to_its_border(clamp: float, length: float) -> None:
+    # |v0| = 5; Adam's first step is the learning rate along each axis: (-1, -1), of length sqrt(2).
+    model = Scripted(torch.tensor([[3.0, 4.0]]), lambda delta: 10 + delta.sum(dim=1))
+    vectors = train_target_vectors(model, plain(n_steps=2, learning_rate=1.0, clamp=clamp))
+    torch.testing.assert_close(vectors.delta, torch.full((1, 2), -length / 2**0.5))
+
+
+def test_a_step_beyond_all_numbers_is_no_vector() -> None:
+    model = Scripted(torch.ones(1, 2), lambda delta: 10 + delta.sum(dim=1))
+    assert not train_target_vectors(model, plain(learning_rate=1e38)).finite(0)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_is_no_vector_and_spares_the_others(bad: float) -> None:
+    losses = torch.tensor([bad, 1.0])
+    vectors = train_target_vectors(Scripted(torch.ones(2, 2), lambda delta: losses + delta.sum(dim=1)), plain())
+    assert [vectors.finite(i) for i in (0, 1)] == [False, True]

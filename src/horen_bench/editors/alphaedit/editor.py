@@ -13,10 +13,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from horen_bench.editors.alphaedit.config import AlphaEditConfig
 from horen_bench.editors.locate_edit.null_space import KeyMemory, null_space
-from horen_bench.editors.locate_edit.requests import PromptRow
+from horen_bench.editors.locate_edit.requests import PromptRow, Refused
 from horen_bench.editors.locate_edit.target_vector import PerturbedModel, TargetVectors
 from horen_bench.editors.locate_edit.window import WindowEditor
-from horen_bench.editors.shared.second_moments import cache_folder, cache_key
+from horen_bench.editors.shared.second_moments import cache_folder, cache_keys
+from horen_bench.models.surgery import all_finite
 from horen_bench.prompts import PromptEncoder
 
 
@@ -35,10 +36,10 @@ class AlphaEditEditor(WindowEditor[AlphaEditConfig]):
         self.memory: dict[str, KeyMemory] = {}
 
     def _prepare(self) -> None:
-        threshold, statistics = self.config.nullspace_threshold, self.config.statistics
-        for path, moment in self._moments().items():
-            name = f"{cache_key(self.model, self.encoder, path, statistics)}-above-{threshold:g}.safetensors"
-            cached = None if statistics.published else cache_folder(statistics) / name
+        threshold, statistics, moments = self.config.nullspace_threshold, self.config.statistics, self._moments()
+        keys = {} if statistics.published else cache_keys(self.model, self.encoder, list(moments), statistics)
+        for path, moment in moments.items():
+            cached = cache_folder(statistics) / f"{keys[path]}-above-{threshold:g}.safetensors" if keys else None
             space = null_space(moment, threshold, cached, self.device)
             self.memory[path] = KeyMemory(space, self.config.l2)
 
@@ -50,10 +51,12 @@ class AlphaEditEditor(WindowEditor[AlphaEditConfig]):
         the layers below alone, and those were final when the layer was written.
         """
         written = self._write_layers(rows, model, vectors)
-        for path, keys in written.items():
-            again = self.config.engine == "sequential"
-            remembered = self._keys_and_outputs(path, rows)[0][path] if again else keys
-            self.memory[path].append(remembered)
+        if self.config.engine == "sequential":
+            written = {path: self._keys_and_outputs(path, rows)[0][path] for path in written}
+        extended = {path: self.memory[path].extended(keys) for path, keys in written.items()}
+        if not all(all_finite(memory.factor) for memory in extended.values()):
+            raise Refused("its keys cannot be told from those of earlier edits; a larger method.l2 lets them")
+        self.memory |= extended
 
     def _update(self, path: str, keys: Tensor, residual: Tensor) -> Tensor:
         memory = self.memory[path]

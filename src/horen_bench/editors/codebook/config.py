@@ -56,4 +56,4 @@ class CodebookConfig(MethodConfig):
     engine: Engine
     """`parallel` trains many values at once above the module, `sequential` one by one; equal up to rounding."""
     train_batch: Count | None
-    """Values trained side by side; null finds it from the free memory."""
+    """Values trained side by side; null finds it from the model's shape and the size of a GPU's memory."""

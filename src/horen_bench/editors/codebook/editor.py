@@ -27,7 +27,8 @@ from horen_bench.editors.codebook.entries import Codebook
 from horen_bench.editors.codebook.parallel import train_values
 from horen_bench.editors.codebook.queries import suffix_mean
 from horen_bench.editors.codebook.routing import Agreement, Decision, Matches, RouterDescription
-from horen_bench.editors.codebook.training import Schedule, TrainedValue, ValueJob, train_on_whole_model, waves
+from horen_bench.editors.codebook.slices import Slice
+from horen_bench.editors.codebook.training import Schedule, TrainedValue, Value, ValueJob, train_on_whole_model
 from horen_bench.models.architecture import check_linear, is_last_layer
 from horen_bench.models.partial import FastPath, UpperLayers
 from horen_bench.models.prompt_hook import PromptHook
@@ -36,9 +37,14 @@ from horen_bench.prompts import EncodedEdit, PromptEncoder, last_prompt_position
 CodebookConfigT = TypeVar("CodebookConfigT", bound=CodebookConfig)
 ReadingT = TypeVar("ReadingT")
 
-_PARALLEL_SLICE = 1024  # edits that the parallel engine likes to get at once
+# Edits that the parallel engine likes to get at once: of a large model fewer, so that a slice takes about a minute.
+_MOST_EDITS = 1024
+_PARAMETERS = {"cpu": 2**32, "cuda": 2**41}  # of the model times edits, roughly a minute's work
+_FEWEST_EDITS = {"cpu": 16, "cuda": 128}  # still enough rows side by side
 _MOST_QUERIES = 256  # routed at once, and
 _MOST_SCORES = 1 << 24  # entries of a score matrix
+_NO_TOKEN = "prompt or target has no token"
+_NO_KEY = "the prompt's key is not finite; nothing was written"
 
 
 class CodebookEditor(Editor[CodebookConfigT]):
@@ -70,7 +76,7 @@ class CodebookEditor(Editor[CodebookConfigT]):
     ) -> None:
         super().__init__(model, tokenizer, config, seed=seed)
         linear = check_linear(model, config.module, where="method.module")
-        self.slice_size = _PARALLEL_SLICE if config.engine == "parallel" else 1
+        self.slice_size = parallel_slice(model) if config.engine == "parallel" else 1
         self.adaptor = self.new_adaptor(linear.out_features)
         # Keys are means of the model's activations, so its own dtype holds them at half the memory of float32.
         weight = linear.weight
@@ -194,7 +200,8 @@ class CodebookEditor(Editor[CodebookConfigT]):
         """Write the cases in order: routing decisions first, then all values, chains on one entry in waves.
 
         Routing depends on the frozen network alone and values of different entries are independent, so both engines
-        take the same decisions and find the same values.
+        take the same decisions and find the same values. An edit whose key or loss is not finite has failed and leaves
+        no entry: later ones are routed as if it had never been there.
         """
         if self.config.engine == "sequential":
             return [record for case in cases for record in self._write([case])]
@@ -202,40 +209,51 @@ class CodebookEditor(Editor[CodebookConfigT]):
 
     def _write(self, cases: Sequence[EditCase]) -> list[EditRecord]:
         started = time.perf_counter()
-        edits = [self.encoder.edit(case.prompt, case.target) for case in cases]
-        kept = [i for i, edit in enumerate(edits) if edit.prompt and edit.target]
-        first, self.n_edits = self.n_edits, self.n_edits + len(cases)
-        queries = self.queries([edits[i].prompt for i in kept])
-        decisions = dict(zip(kept, self.decide([edits[i] for i in kept], queries), strict=True))
-        lost = {i for i in kept if decisions[i].action == "failed"}
-        for i in lost:
-            self.codebook.set_value(decisions[i].entry, self._start_value(decisions[i].entry, first + i))
-        trained = self._train({i: decisions[i].entry for i in kept if i not in lost}, edits, first)
+        encoded = [self.encoder.edit(case.prompt, case.target) for case in cases]
+        problems = {i: _NO_TOKEN for i, edit in enumerate(encoded) if not (edit.prompt and edit.target)}
+        kept = [i for i in range(len(cases)) if i not in problems]
+        queries = self.queries([encoded[i].prompt for i in kept])
+        usable = self._usable(queries)
+        problems |= {i: _NO_KEY for i, fine in zip(kept, usable, strict=True) if not fine}
+        if not all(usable):
+            kept, queries = [i for i in kept if i not in problems], queries[usable]
+        written = self._written_slice({i: encoded[i] for i in kept}, queries)
+        self.n_edits += len(cases)
         seconds = (time.perf_counter() - started) / max(1, len(cases))
         return [
-            _record(case, decisions[i], trained.get(i), seconds) if i in decisions else _not_written(case, seconds)
+            EditRecord(case.id, "failed", None, None, math.nan, 0, seconds, problems[i])
+            if i in problems
+            else _record(case, written.decisions[i], written.result(i), seconds)
             for i, case in enumerate(cases)
         ]
+
+    def _written_slice(self, edits: Mapping[int, EncodedEdit], queries: Tensor) -> Slice:
+        """Decide where edits, by position, with queries `(len(edits), m)`, are written, and write them."""
+        rows = {i: row for row, i in enumerate(edits)}
+
+        def decide(positions: Sequence[int]) -> list[Decision]:
+            part = slice(rows[positions[0]], rows[positions[-1]] + 1)
+            return self.decide([edits[i] for i in positions], queries[part])
+
+        def start(entry: int, position: int) -> Value:
+            return self._start_value(entry, self.n_edits + position)
+
+        written = Slice(self.codebook, edits, decide, start, self._trained)
+        written.settle()
+        written.commit()
+        return written
+
+    def _usable(self, queries: Tensor) -> list[bool]:
+        """Of each query, whether it can be a key: a number, and on the unit sphere a direction."""
+        fine = queries.isfinite().all(dim=1)
+        if self.config.normalize:
+            fine &= queries.any(dim=1)  # activations too large to be squared come out as zero
+        usable: list[bool] = fine.tolist()
+        return usable
 
     def consistent(self, entry: int, edit: EncodedEdit) -> bool:
         """Whether the target that made an entry agrees with the edit's."""
         return self.agreements[self.config.label_rule](self.codebook, entry, edit)
-
-    def _train(self, entries: Mapping[int, int], edits: Sequence[EncodedEdit], first: int) -> dict[int, TrainedValue]:
-        """Train the value of each edit's entry and put it into the codebook.
-
-        Args:
-            entries: the entry that each edit, by position, is written to.
-            edits: all edits.
-            first: index in the stream of the edit at position 0.
-        """
-        trained: dict[int, TrainedValue] = {}
-        for wave in waves(entries):
-            jobs = [ValueJob(i, edits[i], self._start_value(entry, first + i)) for i, entry in wave.items()]
-            for job, result in self._trained(jobs):
-                trained[job.position] = result
-                self.codebook.set_value(wave[job.position], result.value)
-        return trained
 
     def _trained(self, jobs: Sequence[ValueJob]) -> Iterator[tuple[ValueJob, TrainedValue]]:
         if upper := self._fast.layers():
@@ -294,10 +312,15 @@ class CodebookEditor(Editor[CodebookConfigT]):
 def _record(case: EditCase, decision: Decision, trained: TrainedValue | None, seconds: float) -> EditRecord:
     if trained is None:
         return EditRecord(case.id, "failed", None, decision.route, math.nan, 0, seconds, decision.problem)
-    problem = decision.problem if trained.finite else "the loss was not finite; the last finite value was kept"
     loss, steps = trained.loss, trained.steps
-    return EditRecord(case.id, decision.action, decision.entry, decision.route, loss, steps, seconds, problem)
+    return EditRecord(case.id, decision.action, decision.entry, decision.route, loss, steps, seconds, decision.problem)
 
 
-def _not_written(case: EditCase, seconds: float) -> EditRecord:
-    return EditRecord(case.id, "failed", None, None, math.nan, 0, seconds, "prompt or target has no token")
+def parallel_slice(model: PreTrainedModel) -> int:
+    """How many edits the parallel engine gets at once: of the model's size and kind of device alone.
+
+    Where slices are cut changes the last digits of values, so neither the clock nor free memory has a say.
+    """
+    kind = "cuda" if model.device.type == "cuda" else "cpu"
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return max(_FEWEST_EDITS[kind], min(_MOST_EDITS, _PARAMETERS[kind] // parameters))

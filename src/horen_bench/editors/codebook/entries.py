@@ -1,6 +1,6 @@
 """The growing store of (key, value, label) entries that routing looks in."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 
 import torch
@@ -69,6 +69,11 @@ class Codebook:
         self.prompt_lengths.append(prompt_length)
         self.versions.append(0)
         return entry
+
+    def mark(self) -> Callable[[], None]:
+        """What takes the codebook back to how it is now, as long as no value of a present entry is set."""
+        size = len(self)
+        return lambda: self.truncate(size)
 
     def truncate(self, size: int) -> None:
         """Forget the entries from `size` on."""
@@ -161,6 +166,17 @@ class BallCodebook(Codebook):
         entry = super().append(key, label, prompt_length)
         self._radii[entry] = 0
         return entry
+
+    def mark(self) -> Callable[[], None]:
+        """As for `Codebook`; radii and labels are put back."""
+        back, labels, lengths, radii = super().mark(), self.labels[:], self.prompt_lengths[:], self.radii.clone()
+
+        def put_back() -> None:
+            back()
+            self.labels[:], self.prompt_lengths[:] = labels, lengths
+            self.radii.copy_(radii)
+
+        return put_back
 
     def relabel(self, entry: int, label: tuple[int, ...], prompt_length: int) -> None:
         """Give an entry the target of a later edit."""

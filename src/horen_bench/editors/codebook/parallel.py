@@ -14,14 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from horen_bench.editors.codebook.training import Schedule, TrainedValue, Value, ValueJob
+from horen_bench.editors.codebook.training import Schedule, TrainedValue, Value, ValueJob, has_length
+from horen_bench.models.memory import is_out_of_memory
 from horen_bench.models.partial import UpperLayers, UpperStates
 
 Added = Callable[[Value, Tensor], Tensor]
 
 _BETAS = (0.9, 0.999)  # Adam's, as in torch.optim.Adam
 _EPS = 1e-8
-_CPU_BATCH = 256
+_MOST_GPU_ROWS, _MOST_CPU_ROWS = 1024, 256
+_CPU_BUDGET = 2 << 30  # bytes; fixed, so that every machine trains in the same batches
 _REPACK_SHARE = 8  # finished rows are taken out once they are one in so many
 
 # What a step makes of a row: it goes on, its loss is not finite, early stopping ends it, it has taken all its steps, or
@@ -39,8 +41,8 @@ def train_values(
         upper: the layers above the wrapped module.
         added: what values `(B, ...)` add to module outputs `(B, d)`.
         schedule: of every job.
-        batch_size: rows trained side by side; None finds it from the device's free memory. Where the memory does not
-            do, it is halved and the rows at hand start again.
+        batch_size: rows trained side by side; None finds it from the model's shape and, on a GPU, the size of its
+            memory. Where memory does not do, it is halved and the rows at hand start again.
     """
     queue = deque(sorted(jobs, key=lambda job: len(job.edit.ids)))
     size = batch_size or _fitting_batch(upper)
@@ -56,8 +58,8 @@ def train_values(
             yield from running.step()
             running = running.repacked()
             continue
-        except torch.OutOfMemoryError:
-            if size == 1:
+        except (RuntimeError, MemoryError) as error:
+            if size == 1 or not is_out_of_memory(error):
                 raise
         # Behind the handler, whose traceback would keep the tensors of the failed step.
         at_hand = {job.position: job for job in [*(running.unfinished() if running else ()), *fresh]}
@@ -71,14 +73,17 @@ def _refilled(running: "_ValueRows | None", fresh: "_ValueRows") -> "_ValueRows"
 
 
 def _fitting_batch(upper: UpperLayers) -> int:
-    """A number of rows that should fit the free memory of the model's GPU with room to spare."""
+    """A number of rows that should fit: half of what the model leaves of its GPU's memory, a fixed budget on a CPU.
+
+    What happens to be free is not asked: rows of another batch differ by rounding, and the same command on the same
+    kind of device gives the same values.
+    """
     device = upper.device
     if device.type != "cuda":
-        return _CPU_BATCH
-    free, _ = torch.cuda.mem_get_info(device)
-    # What torch keeps for itself is free as well; without it every slice of a stream would get a smaller batch.
-    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return max(1, min(1024, int(0.5 * free / upper.bytes_per_edit())))
+        return max(1, min(_MOST_CPU_ROWS, _CPU_BUDGET // upper.bytes_per_edit()))
+    left = torch.cuda.get_device_properties(device).total_memory - upper.bytes_of_weights()
+    fitting = max(1, min(_MOST_GPU_ROWS, left // 2 // upper.bytes_per_edit()))
+    return int(2 ** math.floor(math.log2(fitting)))  # drivers differ in how much of the memory they report
 
 
 @dataclass(slots=True)
@@ -182,7 +187,7 @@ class _ValueRows:
         if not any(len(losses) == last for losses in self.losses):
             return torch.zeros_like(self.steps)
         exhausted = ~self.done & (self.steps == self.schedule.n_steps)
-        finite = torch.stack([leaf.flatten(1).isfinite().all(dim=1) for leaf in self.leaves.values()]).all(dim=0)
+        finite = torch.stack([has_length(leaf) for leaf in self.leaves.values()]).all(dim=0)
         self.done = self.done | exhausted
         return exhausted * torch.where(finite, _SPENT, _BROKEN)
 

@@ -27,8 +27,8 @@ class Matches:
 class Decision:
     """Where an edit is written, and the routing that led there (None while the codebook was empty).
 
-    An edit that `failed` has its entry, but no query of its own reaches it: the value stays as it starts. `problem` is
-    the sentence about it.
+    An edit that `failed` has its entry, but no query of its own reaches it: the value stays as it starts. Where
+    its training failed, it has no entry, and `entry` is what it would have been. `problem` is the sentence about it.
     """
 
     action: Action

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from horen_bench.editors.codebook.config import EarlyStopping
+from horen_bench.editors.shared.optimizers import adam_rate
 from horen_bench.models.prompt_hook import PromptHook, Respond
 from horen_bench.prompts import EncodedEdit, announced_prompt
 
@@ -52,7 +53,8 @@ class TrainedValue:
         losses: loss before each step, and at the end the loss that was seen last; nats per token.
         loss: the last loss known for `value`.
         steps: optimiser steps taken.
-        finite: False if training met a non-finite loss and fell back to the last finite value.
+        finite: False if training met a non-finite loss, or its last step a value without a finite length; `value` is
+            then the last sound one.
     """
 
     value: Value
@@ -70,7 +72,7 @@ def train_value(value: Mapping[str, Tensor], loss_of: Callable[[Value], Tensor],
     """
     rule, n_steps = schedule.early_stopping, schedule.n_steps
     leaves = {name: tensor.detach().clone().requires_grad_() for name, tensor in value.items()}
-    optimizer = torch.optim.Adam(leaves.values(), lr=schedule.learning_rate)
+    optimizer = torch.optim.Adam(leaves.values(), lr=adam_rate(schedule.learning_rate))
     best = TrainedValue(_copy(leaves), [], math.inf, 0, finite=True)
     losses: list[float] = []
     stale = 0
@@ -87,7 +89,7 @@ def train_value(value: Mapping[str, Tensor], loss_of: Callable[[Value], Tensor],
         for leaf, gradient in zip(leaves.values(), torch.autograd.grad(loss, list(leaves.values())), strict=True):
             leaf.grad = gradient
         optimizer.step()
-    finite = all(bool(leaf.isfinite().all()) for leaf in leaves.values())
+    finite = all(bool(has_length(leaf[None])) for leaf in leaves.values())
     if rule or not finite:
         return TrainedValue(best.value, losses, best.loss, n_steps, finite=finite)
     return TrainedValue(_copy(leaves), losses, losses[-1] if losses else math.nan, n_steps, finite=True)
@@ -132,6 +134,11 @@ def waves(entries: Mapping[int, int]) -> Iterator[dict[int, int]]:
     while chains:
         yield {chain.popleft(): entry for entry, chain in chains.items()}
         chains = {entry: chain for entry, chain in chains.items() if chain}
+
+
+def has_length(values: Tensor) -> Tensor:
+    """Whether each of `(B, ...)` has a finite Euclidean length, bool `(B,)`: a longer one no norm of a model takes."""
+    return values.detach().flatten(1).square().sum(dim=1).isfinite()
 
 
 def _copy(value: Mapping[str, Tensor]) -> Value:

@@ -19,9 +19,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from horen_bench.cases import Action, EditCase, EditRecord
 from horen_bench.editors.base import Editor
 from horen_bench.editors.ft.config import FineTuningConfig
+from horen_bench.editors.shared.optimizers import adam_rate
 from horen_bench.models.hooks import inputs_of, requiring_gradients
 from horen_bench.models.partial import FastPath, NotSupportedError, UpperLayers
-from horen_bench.models.surgery import MasterWeights, PristineWeights
+from horen_bench.models.surgery import MasterWeights, PristineWeights, bounded
 from horen_bench.prompts import EncodedEdit, PromptEncoder
 
 
@@ -173,7 +174,8 @@ class FineTuningEditor(Editor[FineTuningConfig]):
         return outcome
 
     def _minimise(self, example: TrainingExample, trainee: Tensor, before: Tensor) -> FineTuningOutcome:
-        optimizer = torch.optim.Adam([trainee], lr=self.config.learning_rate, weight_decay=self.config.weight_decay)
+        rate, decay = adam_rate(self.config.learning_rate), self.config.weight_decay
+        optimizer = torch.optim.Adam([trainee], lr=rate, weight_decay=decay)
         loss, steps, loss_now = math.nan, 0, self._loss_of(example)
         for steps in range(self.config.n_steps + 1):
             if steps == self.config.n_steps:
@@ -189,7 +191,7 @@ class FineTuningEditor(Editor[FineTuningConfig]):
             trainee.grad = gradient.to(trainee.dtype)
             optimizer.step()
             self._write(trainee, self._constrained(trainee, before))
-        if not self.weight.isfinite().all():
+        if not bounded(self.weight):
             return FineTuningOutcome(math.nan, 0, "the update was not finite; the weight was put back")
         return FineTuningOutcome(loss, steps)
 

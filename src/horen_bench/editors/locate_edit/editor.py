@@ -25,7 +25,7 @@ from horen_bench.editors.shared.second_moments import SecondMoment, second_momen
 from horen_bench.errors import UserError
 from horen_bench.models.architecture import decoder_layer_index
 from horen_bench.models.partial import FastPath, UpperLayers
-from horen_bench.models.surgery import PristineWeights, all_finite
+from horen_bench.models.surgery import PristineWeights, bounded
 from horen_bench.prompts import PromptEncoder
 
 LocateEditConfigT = TypeVar("LocateEditConfigT", bound=LocateEditConfig)
@@ -138,9 +138,9 @@ class LocateEditEditor(Editor[LocateEditConfigT]):
             rows = self._rows(list(left.values()))
             model = self._perturbed_model(rows)
             vectors = train_target_vectors(model, self.config.hidden)
-            bad = [i for i, vector in zip(left, vectors.target, strict=True) if not all_finite(vector)]
+            bad = [i for k, i in enumerate(left) if not (vectors.finite(k) and model.finite_keys(k))]
             if bad:
-                problems |= dict.fromkeys(bad, "the trained target vector is not finite")
+                problems |= dict.fromkeys(bad, "its key, its loss or the trained target vector is not finite")
                 continue
             before = {path: weight.detach().clone() for path, weight in self.pristine.weights.items()}
             try:
@@ -169,7 +169,7 @@ class LocateEditEditor(Editor[LocateEditConfigT]):
         """
         weight = self.pristine.weights[path]
         changed = (weight.float() + update.float()).to(weight.dtype)
-        if not all_finite(changed):
+        if not bounded(changed):
             raise Refused("the update is not finite")
         self.pristine.keep()
         weight.copy_(changed)

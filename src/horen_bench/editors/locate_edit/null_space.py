@@ -3,6 +3,7 @@
 Shapes: `B` keys, `N` keys written before, `m` input size of a down-projection, `r` protected directions.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,16 +113,19 @@ class KeyMemory:
         shares = torch.cholesky_solve((self.keys @ projected.T).double(), self.factor).float()
         return (projected - self.space.project(shares.T @ self.keys)) / self.l2
 
-    def append(self, keys: Tensor) -> None:
-        """Remember `(B, m)`; the factor of `A A^T + l2 I` is extended, not computed again."""
+    def extended(self, keys: Tensor) -> "KeyMemory":
+        """With `(B, m)` more; the factor of `A A^T + l2 I` is extended, not computed again, NaN where that fails."""
         projected = self.space.project(keys)
         across = (self.keys @ projected.T).double()
         own = (keys @ projected.T).double() + self.l2 * torch.eye(len(keys), dtype=torch.float64, device=keys.device)
         left = torch.linalg.solve_triangular(self.factor, across, upper=False).T
-        corner = torch.linalg.cholesky(own - left @ left.T)
+        corner, failed = torch.linalg.cholesky_ex(own - left @ left.T)
+        corner = torch.where(failed != 0, math.nan, corner)
         top = torch.cat([self.factor, torch.zeros_like(across)], dim=1)
-        self.factor = torch.cat([top, torch.cat([left, corner], dim=1)])
-        self.keys = torch.cat([self.keys, keys])
+        longer = KeyMemory(self.space, self.l2)
+        longer.factor = torch.cat([top, torch.cat([left, corner], dim=1)])
+        longer.keys = torch.cat([self.keys, keys])
+        return longer
 
     def numel(self) -> int:
         """Numbers kept, the protected directions included."""

@@ -19,8 +19,10 @@ from transformers import PreTrainedModel
 
 from horen_bench.editors.locate_edit.config import TargetVectorTraining
 from horen_bench.editors.locate_edit.requests import PromptRow
+from horen_bench.editors.shared.optimizers import adam_rate
 from horen_bench.models.hooks import ending_at, inputs_of, outputs_of, patched_output
 from horen_bench.models.partial import UpperLayers, UpperStates
+from horen_bench.models.surgery import all_finite
 from horen_bench.prompts import EncodedEdit, pad
 
 _LOSS_BOUND = 0.05  # nats; the published code stops below it
@@ -45,6 +47,10 @@ class TargetVectors:
     def target(self) -> Tensor:
         """V* or z, `(B, d)`."""
         return self.initial + self.delta
+
+    def finite(self, i: int) -> bool:
+        """Whether request `i` has a vector and losses that are numbers."""
+        return all_finite(self.target[i]) and all(math.isfinite(total) for total, *_ in self.losses[i])
 
     def last_nll(self, i: int) -> float:
         """The target's mean token cross-entropy (nats) in the last forward pass of request `i`; NaN without any."""
@@ -86,6 +92,10 @@ class PerturbedModel(ABC):
             active: bool `(B,)`, the requests that matter; what is returned for the others is arbitrary.
         """
 
+    def finite_keys(self, i: int) -> bool:
+        """Whether all keys of request `i` are numbers."""
+        return all_finite(*(keys[i] for keys in (*self.keys.values(), *self.prompt_keys.values())))
+
     def _summed(self, logits: Tensor, labels: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Weighted negative log-likelihood `(B,)` and the essence rows' log-probabilities `(B, V)`.
 
@@ -111,7 +121,7 @@ def train_target_vectors(model: PerturbedModel, training: TargetVectorTraining) 
     """Train one `delta` per request; requests do not see each other (Adam works on each number apart)."""
     initial = model.initial
     delta = torch.zeros_like(initial, requires_grad=True)
-    adam = torch.optim.Adam([delta], lr=training.learning_rate)
+    adam = torch.optim.Adam([delta], lr=adam_rate(training.learning_rate))
     active = torch.ones(len(initial), dtype=torch.bool, device=initial.device)
     losses: list[list[tuple[float, ...]]] = [[] for _ in initial]
     reference: Tensor | None = None
@@ -134,6 +144,7 @@ def train_target_vectors(model: PerturbedModel, training: TargetVectorTraining) 
         with torch.no_grad():
             length = delta.norm(dim=1)
             shrink = (training.clamp * scale / length).clamp(max=1)
+            shrink = torch.where(length.isfinite(), shrink, math.nan)  # a step beyond float32 is no step of length 0
             delta.copy_(torch.where(active[:, None], delta * shrink[:, None], before))
     return TargetVectors(initial, delta.detach(), losses)
 

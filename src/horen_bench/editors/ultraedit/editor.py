@@ -26,11 +26,13 @@ from horen_bench.editors.ultraedit.config import UltraEditConfig
 from horen_bench.errors import UserError
 from horen_bench.models.architecture import decoder_layer_index
 from horen_bench.models.hooks import inputs_of, outputs_of, patched_output
-from horen_bench.models.surgery import MasterWeights, PristineWeights
+from horen_bench.models.surgery import MasterWeights, PristineWeights, all_finite
 from horen_bench.prompts import PromptEncoder, pad
 
 _EPS = torch.finfo(torch.float32).eps
+_MOST = torch.finfo(torch.float32).max ** 0.5  # of an entry of a change; a row of larger ones has no length
 _NO_LABEL = -100
+_NO_TOKEN = "prompt or target has no token"
 
 Shape = tuple[int, int]
 Item = TypeVar("Item")
@@ -149,23 +151,32 @@ class UltraEditEditor(Editor[UltraEditConfig]):
     def _turn(self, cases: Sequence[EditCase]) -> list[EditRecord]:
         started = time.perf_counter()
         sentences = [self._sentence(case) for case in cases]
-        kept = [sentence for sentence in sentences if sentence]
-        problem = self._write(kept) if kept else None
+        kept = {i: sentence for i, sentence in enumerate(sentences) if sentence}
+        problems = dict.fromkeys(range(len(cases)), _NO_TOKEN) | dict.fromkeys(kept, self._write(list(kept.values())))
+        if any(problems[i] for i in kept) and len(kept) > 1:
+            bad = [i for i, sentence in kept.items() if not self._has_finite_features(sentence)]
+            left = {i: sentence for i, sentence in kept.items() if i not in bad}
+            if bad and left:
+                problems |= dict.fromkeys(left, self._write(list(left.values())))
         seconds = (time.perf_counter() - started) / len(cases)
-        return [
-            _record(case, problem if sentence else "prompt or target has no token", seconds)
-            for case, sentence in zip(cases, sentences, strict=True)
-        ]
+        return [_record(case, problems[i], seconds) for i, case in enumerate(cases)]
+
+    def _has_finite_features(self, sentence: LabelledSentence) -> bool:
+        """Whether a sentence by itself gives inputs and gradients that are numbers."""
+        _, features = self.batch_features([sentence])
+        return all(all_finite(part.inputs, part.gradients) for part in features.values())
 
     def _write(self, sentences: Sequence[LabelledSentence]) -> str | None:
         """Write the sentences of one turn; the problem, and nothing changed, where that is not possible."""
+        if not sentences:
+            return None
         features, statistics = self._features(sentences)
         shifts = {
             path: closed_form(features.pop(path), statistics[shape], self.config.learning_rate)
             for path, shape in self._shapes.items()
         }
         for path, shift in shifts.items():
-            if not shift.bound() < torch.finfo(self.pristine.weights[path].dtype).max / 2:
+            if not shift.bound() < min(_MOST, torch.finfo(self.pristine.weights[path].dtype).max / 2):
                 return f"the update of {path} was not finite; the turn's cases were not written"
         self.pristine.keep()
         for path, shift in shifts.items():

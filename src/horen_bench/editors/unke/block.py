@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from horen_bench.editors.shared.optimizers import adam_rate
 from horen_bench.editors.unke.config import BlockTraining
 from horen_bench.models.hooks import ending_before, first_tensor, outputs_of
 from horen_bench.prompts import Batch, last_prompt_positions
@@ -85,4 +86,4 @@ def optimizer(trainees: Mapping[str, Tensor], how: BlockTraining) -> torch.optim
     decayed = [tensor for name, tensor in trainees.items() if not name.endswith(_UNDECAYED)]
     others = [tensor for name, tensor in trainees.items() if name.endswith(_UNDECAYED)]
     groups: list[dict[str, Any]] = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=how.learning_rate, weight_decay=how.weight_decay)
+    return torch.optim.AdamW(groups, lr=adam_rate(how.learning_rate), weight_decay=how.weight_decay)

@@ -25,7 +25,7 @@ from horen_bench.errors import UserError
 from horen_bench.models.architecture import check_module, is_last_layer
 from horen_bench.models.hooks import requiring_gradients
 from horen_bench.models.partial import FastPath, UpperLayers
-from horen_bench.models.surgery import MasterWeights, PristineParameters
+from horen_bench.models.surgery import MasterWeights, PristineParameters, bounded
 from horen_bench.prompts import EncodedEdit, PromptEncoder, pad
 
 _NO_TOKEN = "prompt or target has no token"
@@ -79,10 +79,15 @@ class UnkeEditor(Editor[UnkeConfig]):
     def _write_batch(self, cases: Sequence[EditCase]) -> list[EditRecord]:
         """Write one batch; what cannot be written is refused by name and the rest goes on."""
         started = time.perf_counter()
-        texts = self.texts.draw()  # also where nothing can be written, so that later batches draw the same
         encoded = [self.encoder.edit(case.prompt, case.target) for case in cases]
         edits = {i: edit for i, edit in enumerate(encoded) if edit.prompt and edit.target}
-        losses, problems = self._write_edits(edits, texts) if edits else ({}, {})
+        undrawn = self.texts.state()
+        texts = self.texts.draw()  # also where nothing can be written, so that later batches draw the same
+        try:
+            losses, problems = self._write_edits(edits, texts) if edits else ({}, {})
+        except BaseException:
+            self.texts.load(undrawn)
+            raise
         seconds = (time.perf_counter() - started) / len(cases)
         steps = self.config.value.n_steps - 1 + self.config.block.n_steps
         return [
@@ -131,7 +136,7 @@ class UnkeEditor(Editor[UnkeConfig]):
         before = {name: trainee.clone() for name, trainee in trainees.items()}
         try:
             errors = self._train(trainees, targets)
-            finite = all(bool(tensor.isfinite().all()) for tensor in (errors, *self._parameters()))
+            finite = bounded(errors, *self._parameters())
         except BaseException:
             self._put_back(trainees, before)
             raise

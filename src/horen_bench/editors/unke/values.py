@@ -3,6 +3,7 @@
 Shapes: `B` edits, `d` hidden size.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from horen_bench.editors.shared.optimizers import adam_rate
 from horen_bench.editors.unke.config import BlockOutputTraining
 from horen_bench.models.hooks import outputs_of, patched_output
 from horen_bench.models.partial import UpperLayers
@@ -47,7 +49,7 @@ def train(losses: Losses, initial: Tensor, how: BlockOutputTraining) -> TrainedO
         how: constants.
     """
     delta = torch.zeros_like(initial, requires_grad=True)
-    adam = torch.optim.Adam([delta], lr=how.learning_rate)
+    adam = torch.optim.Adam([delta], lr=adam_rate(how.learning_rate))
     length = initial.norm(dim=1)
     seen: list[Tensor] = []
     for step in range(how.n_steps):
@@ -60,7 +62,10 @@ def train(losses: Losses, initial: Tensor, how: BlockOutputTraining) -> TrainedO
         (delta.grad,) = torch.autograd.grad(total.sum(), delta)
         adam.step()
         with torch.no_grad():
-            delta.mul_((how.clamp * length / delta.norm(dim=1)).clamp(max=1)[:, None])
+            moved = delta.norm(dim=1)
+            shrink = (how.clamp * length / moved).clamp(max=1)
+            # A step beyond float32 is no step of length 0.
+            delta.mul_(torch.where(moved.isfinite(), shrink, math.nan)[:, None])
     return TrainedOutputs(initial + delta.detach(), torch.stack(seen))
 
 

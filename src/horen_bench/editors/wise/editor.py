@@ -33,6 +33,8 @@ from horen_bench.models.architecture import check_linear, is_last_layer
 from horen_bench.models.partial import FastPath
 from horen_bench.prompts import PromptEncoder
 
+_NOT_FINITE = "the loss was not finite; the side weight was put back"
+
 
 class WiseEditor(Editor[WiseConfig | RepairConfig]):
     """WISE on one model, whose weights are never changed.
@@ -106,7 +108,12 @@ class WiseEditor(Editor[WiseConfig | RepairConfig]):
         self.expect(cases)
         records: list[EditRecord] = []
         while len(records) < len(cases):
-            records += self._write_shards(self._next_shards(cases[len(records) :]))
+            n_borrowed = self.irrelevant.n_borrowed
+            try:
+                records += self._write_shards(self._next_shards(cases[len(records) :]))
+            except BaseException:
+                self.irrelevant.n_borrowed = n_borrowed
+                raise
         return records
 
     def _next_shards(self, cases: Sequence[EditCase]) -> list[OpenShard]:
@@ -214,14 +221,10 @@ class WiseEditor(Editor[WiseConfig | RepairConfig]):
 
 def record_of(case: EditCase, trained: SideTrained | None, seconds: float) -> EditRecord:
     """What happened to a case; `trained` is None where there was nothing to train on."""
-    if trained is None:
-        problem = "prompt or target has no token"
+    if trained is None or not trained.finite:
+        problem = _NOT_FINITE if trained else "prompt or target has no token"
         return EditRecord(case.id, "failed", None, None, math.nan, 0, seconds, problem)
-    doubt = None if trained.finite else "the loss was not finite; the last finite side weight was kept"
-    written = trained.finite or trained.steps > 0
-    return EditRecord(
-        case.id, "inserted" if written else "failed", None, None, trained.loss, trained.steps, seconds, doubt
-    )
+    return EditRecord(case.id, "inserted", None, None, trained.loss, trained.steps, seconds)
 
 
 def _activation_of(model: PreTrainedModel) -> Activation:

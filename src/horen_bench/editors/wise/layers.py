@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from horen_bench.editors.wise.rows import TrainingRows
 from horen_bench.editors.wise.training import Activation, Forward, SidePass, distances
 from horen_bench.models.hooks import ending_before, inputs_of, outputs_of, patched_output
+from horen_bench.models.memory import is_out_of_memory
 from horen_bench.models.partial import NotSupportedError, UpperLayers
 from horen_bench.models.prompt_hook import PromptHook
 
@@ -164,6 +165,8 @@ class SideLayers(UpperLayers):
                     inputs_embeds=above.entering, attention_mask=mask, position_ids=positions, use_cache=False
                 ).last_hidden_state[above.predicting]
         except (TypeError, AttributeError, RuntimeError, ValueError) as error:
+            if is_out_of_memory(error):
+                raise
             raise NotSupportedError(f"{type(self._decoder).__name__}: {error}") from error
         if not _near(ours, whole):
             raise NotSupportedError(f"{type(self._decoder).__name__} does more than its layers and its norm")
@@ -183,7 +186,9 @@ class SideLayers(UpperLayers):
         self._tokenwise = modules
         try:
             part = self._through(above, zeros)
-        except (TypeError, RuntimeError, ValueError, AttributeError):
+        except (TypeError, RuntimeError, ValueError, AttributeError) as error:
+            if is_out_of_memory(error):
+                raise
             return []
         return modules if _near(part, whole) else []
 

@@ -102,6 +102,18 @@ class RepairEditor(WiseEditor):
         return 1 if coupled else max(1, self.shards_at_once * self.side.save_freq // self._window_size)
 
     def _write_windows(self, windows: Sequence[Sequence[EditCase]]) -> list[EditRecord]:
+        """Write windows side by side; where that is interrupted, all is as it was before."""
+        counters = self.n_shards, self.n_trainings, self.irrelevant.n_borrowed, self.weights.n_edits
+        edits = [replace(edit) for edit in self.pool], [replace(edit) for edit in self.waiting]
+        stored = list(self.weights.stored)
+        try:
+            return self._written_windows(windows)
+        except BaseException:
+            self.n_shards, self.n_trainings, self.irrelevant.n_borrowed, self.weights.n_edits = counters
+            (self.pool, self.waiting), self.weights.stored = edits, stored
+            raise
+
+    def _written_windows(self, windows: Sequence[Sequence[EditCase]]) -> list[EditRecord]:
         started = time.perf_counter()
         edits = [[WindowEdit(case) for case in window] for window in windows]
         batches = [self._window_batches(window) for window in edits]
@@ -117,23 +129,24 @@ class RepairEditor(WiseEditor):
         if edit in self.waiting:
             problem = "put off by the consistency filter; written with the next window or before the next evaluation"
             return EditRecord(edit.case.id, "inserted", None, None, math.nan, 0, seconds, problem)
-        return replace(record_of(edit.case, edit.trained, seconds), steps=edit.steps)
+        record = record_of(edit.case, edit.trained, seconds)
+        if edit.trained is None and self._has_tokens(edit.case):
+            return replace(record, problem="the prompt's feature is not finite; nothing was written")
+        return record if record.action == "failed" else replace(record, steps=edit.steps)
 
     def _window_batches(self, new: Sequence[WindowEdit]) -> list[list[WindowEdit]]:
         """The window's batches, behind what waits; what the consistency filter finds too far from its seed waits."""
         edits = [*self.waiting, *(edit for edit in new if self._has_tokens(edit.case))]
-        features, batches = self._batches(edits)
+        features = self._features([edit.case.prompt for edit in edits])
+        finite: list[bool] = features.isfinite().all(dim=1).tolist()
+        edits, features = [edit for edit, fine in zip(edits, finite, strict=True) if fine], features[finite]
+        batches = similarity_batches(features, self.side.save_freq)
         limit = self.config.consistency
         far = [] if limit is None or not new else inconsistent(features, batches, limit)
         self.waiting = [edits[i] for i in far if not edits[i].deferred]
         for edit in self.waiting:
             edit.deferred = True
         return [[edits[i] for i in batch if edits[i] not in self.waiting] for batch in batches]
-
-    def _batches(self, edits: Sequence[WindowEdit]) -> tuple[Tensor, list[list[int]]]:
-        """Features `(n, m)`, and the batches of like edits as indices."""
-        features = self._features([edit.case.prompt for edit in edits])
-        return features, similarity_batches(features, self.side.save_freq)
 
     @torch.no_grad()
     def _features(self, prompts: Sequence[str]) -> Tensor:
@@ -238,7 +251,8 @@ class RepairEditor(WiseEditor):
         for edit in again:
             edit.retries += 1
         self.pool = [edit for edit in failed if edit not in again]
-        batches = [[again[i] for i in batch] for batch in self._batches(again)[1]]
+        like = similarity_batches(self._features([edit.case.prompt for edit in again]), self.side.save_freq)
+        batches = [[again[i] for i in batch] for batch in like]
         shards += self._trained_batches(batches, config.prune_noise)
         return True
 

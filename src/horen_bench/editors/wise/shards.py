@@ -3,7 +3,6 @@
 Shapes: `m` input and `d` output size of the module.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -39,8 +38,8 @@ class OpenShard:
     lowest: float
 
     def take(self, trained: SideTrained) -> None:
-        """Go on from an edit, unless it had no finite pass."""
-        if math.isfinite(trained.activation):
+        """Go on from an edit, unless it has failed."""
+        if trained.finite:
             self.weight, self.lowest = trained.weight, min(self.lowest, trained.activation)
 
 

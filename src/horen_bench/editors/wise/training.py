@@ -17,6 +17,7 @@ from torch import Tensor
 
 from horen_bench.editors.wise.config import SideMemoryConfig, SideStopping
 from horen_bench.editors.wise.rows import TrainingRows
+from horen_bench.models.surgery import bounded
 
 Activation = Callable[[Tensor], Tensor]
 Bounds = tuple[Tensor, Tensor]
@@ -77,12 +78,13 @@ class SideTrained:
 
     Attributes:
         weight: `(d, m)`.
-        activation: mean distance of the edit's rows in the last finite pass; infinite if there was none.
+        activation: mean distance of the edit's rows in the last pass.
         losses: edit and activation loss of every pass.
-        loss: mean token cross-entropy (nats) of the last finite pass; NaN if there was none.
+        loss: mean token cross-entropy (nats) of the last pass.
         steps: SGD steps taken.
-        finite: False if a loss or the weight was not finite; `weight` is then the last finite one.
-        last: the last finite pass of this edit, without gradient; None if there was none.
+        finite: False if a loss or the weight was not finite. The edit has failed then: `weight` is that of its start,
+            `activation` infinite, `loss` NaN, `steps` 0, `last` None.
+        last: the last pass of this edit, without gradient.
     """
 
     weight: Tensor
@@ -184,7 +186,6 @@ def train_sides(
     """
     labels, bounds = Labels.of([edit.rows for edit in edits]), _bounds(base, side.norm_constraint)
     weights = torch.stack([edit.start for edit in edits]).requires_grad_()
-    finite = weights.detach().clone()
     progress = [_SideProgress() for _ in edits]
     for _ in range(side.n_steps):
         done = forward(weights)
@@ -202,10 +203,9 @@ def train_sides(
             break
         (gradient,) = torch.autograd.grad(loss.sum(), [weights])
         for i in running:
-            finite[i].copy_(weights[i].detach())
             _descend(weights.detach()[i], gradient[i], edits[i].mask, bounds, side)
     after = weights.detach()
-    return [state.result(i, after[i], finite[i], edits[i], labels.spans[i]) for i, state in enumerate(progress)]
+    return [state.result(i, after[i], edits[i], labels.spans[i]) for i, state in enumerate(progress)]
 
 
 @dataclass(slots=True)
@@ -236,17 +236,18 @@ class _SideProgress:
         if self.running:
             self.before_last, self.last, self.steps = self.last, total, self.steps + 1
 
-    def result(self, i: int, weight: Tensor, before: Tensor, edit: SideEdit, labels: slice) -> SideTrained:
-        """What came out for edit `i`; `before` is its weight before the last step."""
-        finite = self.finite and bool(weight.isfinite().all())
+    def result(self, i: int, weight: Tensor, edit: SideEdit, labels: slice) -> SideTrained:
+        """What came out for edit `i`, whose side weight is now `weight`."""
+        if self.done is None or not (self.finite and bounded(weight)):
+            return SideTrained(edit.start.clone(), math.inf, self.losses, math.nan, steps=0, finite=False, last=None)
         return SideTrained(
-            weight=(weight if finite else before).clone(),
+            weight=weight.clone(),
             activation=self.activation,
             losses=self.losses,
             loss=_per_token(self.edit, edit.rows),
-            steps=self.steps if finite else max(0, self.steps - 1),
-            finite=finite,
-            last=self.done.of(i, labels).detached() if self.done else None,
+            steps=self.steps,
+            finite=True,
+            last=self.done.of(i, labels).detached(),
         )
 
 
