@@ -203,11 +203,20 @@ def test_only_a_rule_on_conflicts_needs_the_whole_stream(rule: Any, asked: int |
     assert seen == [asked]
 
 
-@pytest.mark.parametrize(("rule", "most"), [("keep", 7), ("drop_earlier", 5), ("drop_later", 5)])
-def test_never_fewer_cases_than_asked_for(rule: Any, most: int, refusal: Refusal) -> None:
+@pytest.mark.parametrize("rule", ["keep", "drop_earlier", "drop_later"])
+def test_never_fewer_cases_than_the_file_holds(rule: Any, refusal: Refusal) -> None:
     assert refusal(lambda: stream_head(lambda enough: TOLD[:enough], 9, rule, "F.json")) == (
-        f"n=9 is more than F.json holds; write n={most} or less"
+        "n=9 is more than F.json holds; write n=7 or less"
     )
+
+
+@pytest.mark.parametrize("rule", ["drop_earlier", "drop_later"])
+@pytest.mark.parametrize("n", [6, 7])
+def test_what_a_rule_on_conflicts_leaves_is_not_said_to_be_the_file(n: int, rule: Any, refusal: Refusal) -> None:
+    sentence = refusal(lambda: stream_head(lambda enough: TOLD[:enough], n, rule, "F.json"))
+    assert "F.json holds" not in sentence
+    for fact in (f"n={n} ", f"dataset.conflicts={rule}", "F.json", "5 of 7 cases", "n=5 or less", "conflicts=keep"):
+        assert fact in sentence
 
 
 @every_dataset
@@ -382,7 +391,9 @@ LEAVES = (
     | st.booleans()
     | st.integers(min_value=-(2**70), max_value=2**70)
     | st.floats()
-    | st.sampled_from(["", " \t\n", "\u00a0", "x" * 200_000, "e\u0301", "{}", "{0} {x}", "\ud83d", "\x00"])
+    | st.sampled_from(
+        ["", " \t\n", "\u00a0", "\u200b\ufeff", "x" * 200_000, "e\u0301", "{}", "{0} {x}", "\ud83d", "\x00"]
+    )
     | st.text(max_size=20)
 )
 VALUES = st.recursive(

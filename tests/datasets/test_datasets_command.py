@@ -63,11 +63,32 @@ def test_inspect_prints_coverage_conflicts_and_touched_probes(run: Run, written:
         "1 cases that repeat an earlier prompt and target",
         "1 cases with a paraphrase equal to the prompt",
         "1 cases whose subject is not in the prompt",
+        "0 paraphrases that are given different targets; they cannot all be right",
         "1 of 2 locality probes touched by another edit (50.0%); locality=clean leaves them out",
         "e.g. 'Where is Bo?', by the edit 'Who is Bo?'",
     ):
         assert expected in lines, expected
     assert "note: this WikiBigEdit stream begins with 'Who is Ana?' and not as the one behind" in out
+
+
+def test_inspect_counts_contradicting_paraphrases_and_what_most_probes_mention(
+    run: Run, written: Callable[..., Path]
+) -> None:
+    def record(i: int, **more: str) -> dict[str, str]:
+        return {"update": f"Who is Person{i}?", "ans": f"a{i}", "rephrase": "Reformulated Question:", **more}
+
+    probes = [record(i, loc=f"Is Lima {i} big?", loc_ans="x") for i in range(3)]
+    path = written(
+        [*probes, {"update": "Where is Lima?", "ans": "Peru", "subject": "Lima", "rephrase": "Lima is where?"}]
+    )
+    _, out, _ = run("inspect", "wikibigedit", "-n", "4", "--show", "0", f"dataset.path={path}")
+    for fact in (
+        "3 paraphrases that are given different targets",
+        "'Reformulated Question:', 3 times",
+        "3 of 3 locality probes touched",
+        "3 probes mention 'Lima'",
+    ):
+        assert fact in out
 
 
 def test_inspect_counts_the_first_n_cases_alone(run: Run, written: Callable[..., Path]) -> None:
@@ -135,14 +156,56 @@ def test_list_shows_every_file_with_its_source(run: Run) -> None:
     for several in sources.manifest().values():
         for source in several:
             assert source.file in out
-            assert (source.url or f"hub: {source.hub}") in out
+            assert source.origin in out
     assert "fa18c971b4c4" in out
+    assert "4d558bbf5619cef889bf9dd2351367d16e31c2f4" in out
+
+
+def test_list_cuts_nothing_in_a_pipe_or_in_a_narrow_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    assert command.main(["list"]) == 0
+    words = capsys.readouterr().out.split()
+    for several in sources.manifest().values():
+        for source in several:
+            assert source.file in words
+            assert (source.url or source.hub or "no") in words
+
+
+@pytest.mark.parametrize(
+    ("where", "can_change"),
+    [
+        ({"url": "https://host/main/a.json"}, True),
+        ({"url": f"https://host/{'4d' * 20}/a.json"}, False),
+        ({"url": "https://host/main/a.json", "sha256": "0" * 64}, False),
+        ({"url": "https://host/main/a.json", "git_blob": "0" * 40}, False),
+        ({"hub": "a/b", "hub_file": "a.json"}, True),
+        ({"hub": "a/b", "hub_file": "a.json", "revision": "4d" * 20}, False),
+    ],
+)
+def test_list_says_whether_a_file_can_change_at_its_source(
+    where: dict[str, Any], can_change: bool, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command, "manifest", lambda: {"mine": [Source("mine/a.json", **where)]})
+    assert ("may change" in run("list")[1]) is can_change
+
+
+def test_a_fetch_that_is_stopped_ends_in_a_sentence(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "fetch", stopped)
+    code, out, err = run("fetch", "zsre", "--data-dir", str(tmp_path))
+    assert (code, out) == (130, "")
+    assert "the same command goes on" in err
+    assert err.count("\n") == 1
 
 
 def test_fetch_puts_files_below_the_data_folder(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sources, "manifest", lambda: {"zsre": [Source("zsre/a.json", url="http://127.0.0.1/")]})
     (tmp_path / "zsre").mkdir()
-    (tmp_path / "zsre/a.json").write_text("[]")
+    (tmp_path / "zsre/a.json").write_text('[{"a": 1}]')
     code, out, err = run("fetch", "zsre", "--data-dir", str(tmp_path))
     assert (code, out, err) == (0, f"{tmp_path / 'zsre/a.json'} is there already\n", "")
 
@@ -189,8 +252,8 @@ def test_what_needs_no_model_does_not_wait_for_torch() -> None:
         ),
         (
             ["fetch", "zrse"],
-            "zrse is not in the manifest; it has zsre, zsre_mend, wikibigedit, unke, counterfact, mquake, wikiupdate, "
-            "alpaca",
+            "zrse is not in the manifest; it has zsre, zsre_mend, wikibigedit, wikibigedit_merged, unke, counterfact, "
+            "mquake, wikiupdate, alpaca",
         ),
     ],
 )

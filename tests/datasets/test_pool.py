@@ -81,7 +81,36 @@ def test_each_of_the_needed_fields_is_needed(field: str, written: Callable[..., 
     record = question(0)
     del record[field]
     path = written([record])
-    assert refusal(lambda: pool(path).cases(1)) == "n=1 is more than the 0 edits of this draw; write n=0 or less"
+    sentence = refusal(lambda: pool(path).cases(1))
+    for fact in (str(path), "none of 1 records", f"record 0 has no {field}, ", ", ".join(record), "dataset.paths="):
+        assert fact in sentence
+
+
+def test_a_file_of_another_schema_is_refused_also_behind_a_good_one(
+    written: Callable[..., Path], refusal: Refusal
+) -> None:
+    good = written([question(0)], "good.json")
+    other = written([{"question": "Q", "answer": "A"}] * 3, "other.json")
+    sentence = refusal(lambda: pool(good, other).cases(1))
+    assert sentence.startswith(f"{other}: none of 3 records is complete; record 0 has no src")
+    assert "question, answer" in sentence
+
+
+def test_records_left_out_are_counted_by_what_they_lack(written: Callable[..., Path]) -> None:
+    path = written([
+        question(0),
+        question(1, loc=None),
+        question(2, loc=" "),
+        question(3, answers=[]),
+        question(4, src="Who is somebody else?"),
+    ])  # fmt: skip
+    dataset = pool(path, pool_size=75_658)
+    dataset.cases(1)
+    _, left_out = dataset.warnings()
+    for fact in ("4 records", "2 without loc", "1 without answers", "1 without its subject in src"):
+        assert fact in left_out
+    dataset.cases(1)  # read again, counted anew
+    assert dataset.warnings()[1] == left_out
 
 
 def test_the_other_target_is_not_needed(written: Callable[..., Path]) -> None:

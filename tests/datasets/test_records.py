@@ -189,6 +189,69 @@ def test_a_long_value_is_cut_in_the_sentence_about_it(refusal: Refusal) -> None:
     assert sentence.endswith(", got ['" + "x" * 78)
 
 
+# --- Texts of which nothing is seen ------------------------------------------------------------------------
+
+UNSEEN = [
+    "\u200b",
+    "\u200b \ufeff\u2060",
+    "\u00ad",
+    "\x00\x07",
+    "\u2800\u3164",
+    "\ufe0f",
+    "\u202e\u200f",
+    "\u034f",
+    "\u2028",
+]
+SEEN = ["a", "\u200ba", "。", "é", "\U0001f600\ufe0f", "क\u200dष", "\u0301", "\ue000"]
+
+
+@pytest.mark.parametrize("text", UNSEEN)
+def test_a_text_of_which_nothing_is_seen_is_no_text(text: str, refusal: Refusal) -> None:
+    assert record(a=text).optional("a") is None
+    assert record(q=text, a="x").probe("q", "a") == ()
+    assert refusal(lambda: record(a=text).text("a")).startswith(
+        "F.json: record 7, field 'a' must be a non-empty string, got "
+    )
+    assert "field 'a' must be a list of non-empty strings" in refusal(lambda: record(a=["x", text]).texts("a"))
+
+
+@pytest.mark.parametrize("text", SEEN)
+def test_a_text_with_one_visible_character_is_kept_as_it_is(text: str) -> None:
+    assert record(a=text).text("a") == text
+    assert record(a=[text]).texts("a") == (text,)
+
+
+# --- Ids ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("value", "identity"),
+    [(10**30, "1" + "0" * 30), (-(2**70), "-1180591620717411303424"), (7, "7"), (0, "0"), ("Q42", "Q42"), (2.5, "2.5")],
+)
+def test_an_id_is_written_out_whatever_its_size(value: object, identity: str, written: Callable[..., Path]) -> None:
+    (values,) = read_records(written([{"id": value, "loc": NAN}]), "")
+    assert Record.of(values, 3, "F.json").id("id", 3) == identity
+    (values,) = read_records(written([{"id": value}]), "")
+    assert Record.of(values, 3, "F.json").id("id", 3) == identity
+
+
+def test_two_long_ids_that_differ_in_their_last_digit_stay_two(tmp_path: Path) -> None:
+    path = tmp_path / "records.jsonl"
+    path.write_text(f'{{"id": {10**30}}}\n{{"id": {10**30 + 1}}}\n')
+    first, second = (Record.of(values, i, "F.jsonl").id("id", i) for i, values in enumerate(read_records(path, "")))
+    assert int(second) - int(first) == 1
+
+
+@pytest.mark.parametrize("values", [{}, {"id": None}, {"id": NAN}])
+def test_a_record_without_an_id_is_named_by_its_position(values: dict[str, Any]) -> None:
+    assert record(**values).id("id", 7) == "7"
+
+
+@pytest.mark.parametrize("value", [True, [1], {"a": 1}, "\ud83d"])
+def test_an_id_that_is_neither_text_nor_a_number_is_refused(value: object, refusal: Refusal) -> None:
+    assert refusal(lambda: record(id=value).id("id", 7)).startswith("F.json: record 7, field 'id' must be ")
+
+
 # --- Lists, objects, probes --------------------------------------------------------------------------------
 
 

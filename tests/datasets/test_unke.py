@@ -122,3 +122,8 @@ def test_the_thousand_published_records_are_what_they_are_said_to_be(real_record
 def test_there_is_no_record_beyond_the_thousandth(real_records: Path, refusal: Refusal) -> None:
     path = real_records / "unke_final_data_v2.json"
     assert refusal(lambda: unke(path).cases(1001)) == f"n=1001 is more than {path} holds; write n=1000 or less"
+
+
+def test_an_id_beyond_64_bits_is_kept_digit_by_digit(written: Callable[..., Path]) -> None:
+    path = written([{"id": 10**30 + i, "question": f"Q{i}", "answer": "A"} for i in range(2)])
+    assert [case.id for case in Unke(path=str(path)).cases(2)] == [str(10**30), str(10**30 + 1)]

@@ -201,7 +201,12 @@ def test_a_smaller_n_is_no_advice_where_a_rule_on_conflicts_needs_every_edit(
 
 def test_a_missing_train_file_is_named(written: Callable[..., Path], tmp_path: Path, refusal: Refusal) -> None:
     train = tmp_path / "none.json"
-    assert refusal(lambda: zsre(written([question(0)]), train).cases(1)) == f"{train} does not exist; {FETCH}"
+    sentence = refusal(lambda: zsre(written([question(0)]), train).cases(1))
+    assert sentence.startswith(f"{train} does not exist; ")
+    # The edit file was found: to name it, as dataset.path= does, would not help.
+    assert "dataset.path=" not in sentence
+    for way_out in ("fetch zsre,", "dataset.train_path=", "dataset.locality_source=record"):
+        assert way_out in sentence
 
 
 @pytest.mark.parametrize("rule", ["drop_earlier", "drop_later"])

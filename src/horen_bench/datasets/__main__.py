@@ -11,8 +11,8 @@ from rich.table import Table
 from horen_bench.cases import EditCase
 from horen_bench.config.compose import run_config
 from horen_bench.config.schema import ModelConfig
-from horen_bench.datasets.audit import composition, touched_probes
-from horen_bench.datasets.sources import fetch, manifest
+from horen_bench.datasets.audit import composition, contradicting_paraphrases, most_mentioned, touched_probes
+from horen_bench.datasets.sources import Source, fetch, manifest
 from horen_bench.errors import UserError
 
 
@@ -28,9 +28,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             _inspect(options, console)
     except UserError as error:
-        Console(stderr=True).print(f"error: {error}", highlight=False, markup=False, soft_wrap=True)
+        _complain(f"error: {error}")
         return 2
+    except KeyboardInterrupt:
+        _complain("stopped; what was downloaded is kept, and the same command goes on from there")
+        return 130
     return 0
+
+
+def _complain(sentence: str) -> None:
+    Console(stderr=True).print(sentence, highlight=False, markup=False, soft_wrap=True)
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -73,12 +80,23 @@ def _at_least(least: int) -> Callable[[str], int]:
 
 
 def _list(console: Console) -> None:
-    table = Table("dataset", "file", "source", "sha256", "licence", title="data/manifest.yaml")
+    """A line for each fact: names and addresses are whole in a narrow terminal and in a pipe."""
     for name, sources in manifest().items():
-        for source in sources:
-            origin = source.url or f"hub: {source.hub}"
-            table.add_row(name, source.file, origin, (source.sha256 or "not known")[:12], source.licence)
-    console.print(table)
+        lines = [name, *(line for source in sources for line in _described(source))]
+        console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
+
+
+def _described(source: Source) -> list[str]:
+    size = "" if source.n_bytes is None else f", {source.n_bytes:,} bytes"
+    if source.has_checksum:
+        check = f"sha256 {source.sha256}" if source.sha256 else f"git blob {source.git_blob}"
+    elif source.hub:
+        check = "checked against the hub's checksum"
+    else:
+        check = "no checksum is published"
+    change = "; the newest version, which may change" if source.can_change else ""
+    facts = (source.origin, f"{check}{size}{change}", f"licence: {source.licence}")
+    return [f"  {source.file}", *(f"    {fact}" for fact in facts)]
 
 
 def _inspect(options: argparse.Namespace, console: Console) -> None:
@@ -108,18 +126,24 @@ def _print_composition(cases: Sequence[EditCase], console: Console) -> None:
         (counts.conflicts, "cases whose prompt another case gives another target"),
         (counts.duplicates, "cases that repeat an earlier prompt and target"),
         (counts.same_paraphrase, "cases with a paraphrase equal to the prompt"),
+        (counts.contradicting, "paraphrases that are given different targets; they cannot all be right"),
         (counts.subject_outside, "cases whose subject is not in the prompt"),
         (
             counts.touched,
             f"of {n_locality} locality probes touched by another edit{share}; locality=clean leaves them out",
         ),
     ):
-        console.print(f"{count:>8} {text}", highlight=False)
-    for touched in touched_probes(cases)[:3]:
-        by = cases[touched.by]
-        console.print(
-            f"         e.g. {touched.probe.prompt!r}, by the edit {by.prompt!r}", highlight=False, markup=False
-        )
+        console.print(f"{count:>8} {text}", highlight=False, soft_wrap=True)
+    for line in _examples(cases):
+        console.print(f"         {line}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _examples(cases: Sequence[EditCase]) -> list[str]:
+    """The most frequent contradicting paraphrases and mentioned subjects, and the first touched probes."""
+    touched = touched_probes(cases)
+    lines = [f"e.g. the paraphrase {text!r}, {n} times" for text, n in contradicting_paraphrases(cases).items()][:3]
+    lines += [f"e.g. {n} probes mention {subject!r}" for subject, n in most_mentioned(touched)[:3] if n > 1]
+    return lines + [f"e.g. {each.probe.prompt!r}, by the edit {cases[each.by].prompt!r}" for each in touched[:3]]
 
 
 def _print_lengths(cases: Sequence[EditCase], model: ModelConfig, console: Console) -> None:

@@ -53,7 +53,7 @@ class Akew(Dataset):
         target = rewrite.text("fact_new_uns")
         triplets = [rewrite.inside("unsfact_triplets_GPT", at=i) for i in range(_n_triplets(rewrite))]
         return EditCase(
-            id=str(record.values.get("case_id", record.index)),
+            id=record.id("case_id", record.index),
             prompt=prompt,
             target=target,
             subject=rewrite.optional("subject"),

@@ -26,12 +26,20 @@ def stream_head(
         where: the source, for the message.
 
     Raises:
-        UserError: there are fewer.
+        UserError: there are fewer, or the rule leaves fewer.
     """
-    cases = read(n) if conflicts == "keep" else without_conflicts(read(None), conflicts)
+    cases = read(n if conflicts == "keep" else None)
     if n > len(cases):
         raise UserError(f"n={n} is more than {where} holds; write n={len(cases)} or less")
-    return cases[:n]
+    if conflicts == "keep":
+        return cases[:n]
+    kept = without_conflicts(cases, conflicts)
+    if n > len(kept):
+        raise UserError(
+            f"n={n} is more than dataset.conflicts={conflicts} leaves of {where}, {len(kept)} of {len(cases)} cases; "
+            f"write n={len(kept)} or less, or dataset.conflicts=keep"
+        )
+    return kept[:n]
 
 
 def cases_of_file(

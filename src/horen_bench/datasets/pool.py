@@ -4,7 +4,8 @@ The paper gives the size of the pool (75,658), its sources (the train split of M
 the ZsRE corpus) and that 50,000 are drawn with a fixed seed. Where it is silent the recipe is ours:
 
 1. read the files in the order given; keep records with all of `src`, `subject` inside `src`, target, `rephrase`,
-   `loc`, `loc_ans`;
+   `loc`, `loc_ans`, and say how many were left out for which of these; a file in which no record has them all is of
+   another schema;
 2. of equal `src` keep the first;
 3. stop at `pool_size`, or take what there is and say so;
 4. draw with `numpy.random.default_rng(seed).permutation(len(pool))[:draw]`.
@@ -13,6 +14,7 @@ Locality stays aligned with its record. The ids of the drawn records (`file:posi
 beside a run, so that two labs can tell whether they ran the same stream.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar
@@ -47,6 +49,7 @@ class ZsrePool(Dataset):
     draw_seed: Seed = 42
     """Of the permutation."""
     _warnings: list[str] = PrivateAttr(default_factory=list)
+    _left_out: Counter[str] = PrivateAttr(default_factory=Counter)
 
     def cases(self, n: int) -> list[EditCase]:
         """The first `n` cases of the draw."""
@@ -58,35 +61,53 @@ class ZsrePool(Dataset):
         return [pool[i] for i in order]
 
     def warnings(self) -> list[str]:
-        """A sentence if the pool is smaller than the paper's."""
+        """Sentences if the pool is smaller than the paper's, and if records were left out of it."""
         return self._warnings
 
     def _pool(self) -> list[EditCase]:
         pool: dict[str, EditCase] = {}
+        self._left_out.clear()
         for case in self._usable():
             if len(pool) == self.pool_size:
                 break
             pool.setdefault(case.prompt, case)
+        self._warnings.clear()
         if len(pool) < self.pool_size:
-            self._warnings[:] = [f"the pool has {len(pool)} records, not {self.pool_size}; the draw is another one"]
+            self._warnings.append(f"the pool has {len(pool)} records, not {self.pool_size}; the draw is another one")
+        if self._left_out:
+            reasons = ", ".join(f"{n} without {field}" for field, n in self._left_out.items())
+            self._warnings.append(f"{self._left_out.total()} records were left out of the pool: {reasons}")
         return list(pool.values())
 
     def _usable(self) -> Iterator[EditCase]:
         for path in map(Path, self.paths):
-            for i, value in enumerate(read_records(path, HOW_TO_GET)):
-                record = Record.of(value, i, str(path))
-                if self._complete(record):
-                    case = zsre_case(record, self.target, NqWording())
-                    yield EditCase(
-                        id=f"{path.stem}:{i}",
-                        prompt=case.prompt,
-                        target=case.target,
-                        subject=case.subject,
-                        paraphrases=case.paraphrases,
-                        locality=case.locality,
-                    )
+            records = [Record.of(value, i, str(path)) for i, value in enumerate(read_records(path, HOW_TO_GET))]
+            if all(self._lacks(record) for record in records):
+                first = records[0]
+                raise UserError(
+                    f"{path}: none of {len(records)} records is complete; record 0 has no {self._lacks(first)}, its "
+                    f"fields are {', '.join(first.values) or 'none'}; name files in the ZsRE schema with dataset.paths="
+                )
+            for record in records:
+                if (lacking := self._lacks(record)) is not None:
+                    self._left_out[lacking] += 1
+                    continue
+                case = zsre_case(record, self.target, NqWording())
+                yield EditCase(
+                    id=f"{path.stem}:{record.index}",
+                    prompt=case.prompt,
+                    target=case.target,
+                    subject=case.subject,
+                    paraphrases=case.paraphrases,
+                    locality=case.locality,
+                )
 
-    def _complete(self, record: Record) -> bool:
-        texts = [record.optional(field) for field in _NEEDED]
-        target = record.optional("alt") if self.target == "alt" else record.texts("answers")
-        return all(texts) and bool(target) and str(texts[1]) in str(texts[0])
+    def _lacks(self, record: Record) -> str | None:
+        """The first thing that a record of the pool must have and this one has not, or None."""
+        texts = {field: record.optional(field) for field in _NEEDED}
+        missing = next((field for field, text in texts.items() if text is None), None)
+        if missing is not None:
+            return missing
+        if not (record.optional("alt") if self.target == "alt" else record.texts("answers")):
+            return self.target
+        return None if str(texts["subject"]) in str(texts["src"]) else "its subject in src"

@@ -15,6 +15,13 @@ from horen_bench.cases import Probe
 from horen_bench.errors import UserError
 
 _SURROGATE = re.compile("[\ud800-\udfff]")  # half a character: JSON can escape it, no tokenizer can read it
+_LONG_NUMBER = re.compile(rb"\d{20}")  # orjson rounds whole numbers beyond 64 bits
+# Nothing is seen of characters of these categories (controls, formats such as zero-width spaces, separators), nor of
+# these letters and marks (Unicode: Default_Ignorable_Code_Point, and the empty Braille pattern).
+_UNSEEN_CATEGORIES = frozenset({"Cc", "Cf", "Zs", "Zl", "Zp"})
+_UNSEEN = re.compile(
+    "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]"
+)
 
 
 def read_records(path: Path, how_to_get: str) -> list[Any]:
@@ -89,7 +96,7 @@ class Record:
         return found if found is not None else self.refuse(field, "a non-empty string")
 
     def optional(self, field: str) -> str | None:
-        """A text that may be missing: null, NaN, "" and an absent field are all None.
+        """A text that may be missing: null, NaN, an absent field and a text of which nothing is seen are all None.
 
         Raises:
             UserError: it is something else than a string.
@@ -97,7 +104,22 @@ class Record:
         value = self.value(field)
         if value is None:
             return None
-        return clean(value) or None if _is_text(value) else self.refuse(field, "a string of valid Unicode")
+        if not _is_text(value):
+            self.refuse(field, "a string of valid Unicode")
+        return clean(value) if _is_seen(value) else None
+
+    def id(self, field: str, otherwise: int) -> str:
+        """A name or number of the record; `otherwise` where it has none.
+
+        Raises:
+            UserError: it is neither text nor a number.
+        """
+        value = self.value(field)
+        if value is None:
+            return str(otherwise)
+        if isinstance(value, bool) or not (isinstance(value, int | float) or _is_text(value)):
+            self.refuse(field, "a text or a number")
+        return str(value)
 
     def items(self, field: str) -> Sequence[Any]:
         """A list that may be missing.
@@ -117,7 +139,7 @@ class Record:
             UserError: it is no list, or an item is no non-empty string.
         """
         items = self.items(field)
-        if not all(_is_text(item) and item.strip() for item in items):
+        if not all(_is_text(item) and _is_seen(item) for item in items):
             self.refuse(field, "a list of non-empty strings")
         return tuple(map(clean, items))
 
@@ -169,12 +191,18 @@ def _is_text(value: object) -> TypeGuard[str]:
     return isinstance(value, str) and (value.isascii() or _SURROGATE.search(value) is None)
 
 
+def _is_seen(text: str) -> bool:
+    """Whether there is a character that can be seen."""
+    return any(unicodedata.category(char) not in _UNSEEN_CATEGORIES and not _UNSEEN.match(char) for char in text)
+
+
 def _parsed(content: bytes, path: Path, line: int | None) -> Any:
-    try:
-        return orjson.loads(content)
-    except orjson.JSONDecodeError:
-        pass
-    try:  # the standard library also reads NaN
+    if _LONG_NUMBER.search(content) is None:
+        try:
+            return orjson.loads(content)
+        except orjson.JSONDecodeError:
+            pass
+    try:  # the standard library also reads NaN and whole numbers of any size
         return json.loads(content)
     except (ValueError, RecursionError) as error:
         place = f"record {line}" if line is not None else f"record {_n_whole_records(content)}"

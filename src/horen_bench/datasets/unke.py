@@ -44,7 +44,7 @@ def unke_case(record: Record) -> EditCase:
     """
     question = record.text("question")
     return EditCase(
-        id=str(record.values.get("id", record.index)),
+        id=record.id("id", record.index),
         prompt=question,
         target=record.text("answer"),
         paraphrases=(Probe(record.optional("para_question") or question, record.text("answer")),),

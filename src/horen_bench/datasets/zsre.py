@@ -28,6 +28,10 @@ Target = Literal["answers", "alt"]
 LocalitySource = Literal["train", "record"]
 
 HOW_TO_GET = "run python -m horen_bench.datasets fetch zsre, or name your file with dataset.path="
+_HOW_TO_GET_LOCALITY = (
+    "the locality of the edits is read there; run python -m horen_bench.datasets fetch zsre, name your train split "
+    "with dataset.train_path=, or write dataset.locality_source=record"
+)
 _NQ = "nq question: "
 
 
@@ -69,7 +73,7 @@ class Zsre(Dataset):
         edits = cases_of_file(Path(self.path), self._case, enough, HOW_TO_GET)
         if self.train_path is None or self.locality_source == "record":
             return edits
-        probes = cases_of_file(Path(self.train_path), self._locality_alone, len(edits), HOW_TO_GET)
+        probes = cases_of_file(Path(self.train_path), self._locality_alone, len(edits), _HOW_TO_GET_LOCALITY)
         if len(probes) < len(edits):
             fewer = f"n={len(probes)} or less, or " if enough is not None else ""  # else all edits are wanted
             raise UserError(
