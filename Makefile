@@ -10,7 +10,7 @@ FIGURES := figure1 figure4 figure5 figure6 figure7 figure8 figure9 figure10 figu
 JOBS ?= 1
 GRID = $(if $(SUITE),suite=$(SUITE)) $(if $(MODELS),model=$(MODELS)) $(ARGS) --jobs $(JOBS)
 
-.PHONY: help setup run test check stress paper $(TABLES) figures $(FIGURES) report gpu format tiny clean
+.PHONY: help setup run test check stress faults paper $(TABLES) figures $(FIGURES) report gpu format tiny clean
 
 setup: $(READY)
 
@@ -39,6 +39,9 @@ stress: setup  ## 50,000 edits into the embedded model, evaluated every 5,000 on
 	$(BIN)/python -m horen_bench n=50000 eval_cases=2000 results_dir=results/stress \
 		checkpoints=[5000,10000,15000,20000,25000,30000,35000,40000,45000]
 	$(BIN)/python -m horen_bench.results.plots results/stress/runs/* --out results/figures/stress
+
+faults: setup  ## every write, fsync, rename, read and allocation of small runs fails once, and 200 runs are killed
+	PYTHONPATH=benchmarks OMP_NUM_THREADS=1 $(BIN)/python -m faults $(ARGS)
 
 # SUITE=tiny (embedded; the default without weights) or paper; MODELS=qwen25_7b fetches and runs that backbone alone;
 # JOBS=2 does two runs side by side. What is stored is not run again.
