@@ -31,7 +31,7 @@ FLOORS = (
     {"evaluation"},
     {"runner", "stream"},
     {"paper", "report", "results", "tracking"},
-    {"__main__"},
+    {"__main__", "command_line"},
 )
 SHARED = {"base", "shared", "codebook", "locate_edit"}  # of the editors
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")

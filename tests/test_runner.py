@@ -495,6 +495,18 @@ def test_memory_and_disks_that_fail_in_the_middle_are_one_sentence_and_lose_noth
     assert DriftEditor.written == list("012345")
 
 
+@pytest.mark.parametrize("place", ["runner._cases", "stream.check_method"])
+def test_memory_that_runs_out_before_the_first_edit_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(f"horen_bench.{place}", fail)
+    with pytest.raises(UserError, match=r"^memory ran out"):
+        run(config(tmp_path, 2))
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [

@@ -29,6 +29,7 @@ from horen_bench.paths import resource
 
 _LONGEST = 120.0  # seconds until a run counts as hanging
 _READ = 1 << 16
+_ENDING = (signals.SIGINT, signals.SIGTERM, signals.SIGHUP)
 _TICK = 1000  # seconds by which a run's clock moves whenever it is read: it saves at every chance, however slow it is
 
 
@@ -167,14 +168,16 @@ def _command(settings: DictConfig, folder: Path, interference: Interference, pha
     """The command line, in this process, for its exit code; composed before, which is a third of Hydra's time."""
     for name in ("HOME", "XDG_CACHE_HOME"):
         os.environ[name] = str(folder / "cache")
-    for number in (signals.SIGTERM, signals.SIGHUP):  # which a campaign under nohup ignores
+    # A signal waits until the command is there to answer it: what comes before is the campaign's own.
+    signals.pthread_sigmask(signals.SIG_BLOCK, _ENDING)
+    for number in _ENDING:  # a campaign under nohup ignores some
         signals.signal(number, signals.SIG_DFL)
     signals.signal(signals.SIGINT, signals.default_int_handler)
     sys.argv = ["horen_bench"]
     settings.results_dir = str(folder / "results")
     ticks = itertools.count(step=_TICK)
     vars(stream)["time"] = SimpleNamespace(**{**vars(time), "monotonic": ticks.__next__})
-    hydra.main = lambda **_: lambda job: lambda: job(settings)
+    hydra.main = lambda **_: lambda job: lambda: _answering(job, settings)
     points = None
     disturbance = interference.disturbance
     if interference.count or interference.signal or disturbance:
@@ -200,6 +203,11 @@ def _command(settings: DictConfig, folder: Path, interference: Interference, pha
         if interference.modules:
             interference.modules.write_text("\n".join(sys.modules), encoding="utf-8")
     return 0
+
+
+def _answering(job: Callable[[DictConfig], None], settings: DictConfig) -> None:
+    signals.pthread_sigmask(signals.SIG_UNBLOCK, _ENDING)
+    job(settings)
 
 
 def fresh(folder: Path, seed: Path | None = None) -> Path:

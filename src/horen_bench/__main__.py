@@ -1,102 +1,24 @@
-"""Command line: `python -m horen_bench model=... method=... dataset=... n=...` (Hydra)."""
+"""`python -m horen_bench model=... method=... dataset=... n=...`."""
 
-import os
 import sys
-from typing import TYPE_CHECKING
 
-import hydra
-from hydra.errors import HydraException
-from omegaconf import DictConfig
-from omegaconf.errors import OmegaConfBaseException
-
-from horen_bench.config.compose import in_words, validated
-from horen_bench.config.help import help_text
-from horen_bench.config.schema import RunConfig
-from horen_bench.errors import UserError
 from horen_bench.interruption import Interrupted, Interruptions
-from horen_bench.paths import resource
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
-    from horen_bench.runner import RunResult
-
-_ERROR = 2  # exit code
 
 
 def main() -> None:
-    """Do what the command line says; exit code 2 after an error of the user, 128 and its number after a signal.
-
-    In a sweep a run that fails says why, and the others go on.
-    """
-    words = sys.argv[1:]
-    overrides = [word for word in words if not word.startswith("-")]
-    if "--help" in words or "-h" in words:
-        print(help_text(overrides))  # noqa: T201
-        return
-    failed: list[str] = []
-    started: list[bool] = []
-    main_process = os.getpid()
-    wants_traceback = "HYDRA_FULL_ERROR" in os.environ
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its errors on instead of printing and exiting
-
-    def job(composed: DictConfig) -> None:
-        started.append(True)
-        try:
-            _run_and_show(validated(composed))
-        except UserError as error:
-            if wants_traceback:
-                raise
-            failed.append(str(error))
-            _complain(str(error))
-            if os.getpid() != main_process:  # of a launcher: its list stays there, its error comes back
-                raise
-
+    """Do what the command line says; exit code 2 after an error, 128 and its number after a signal."""
     try:
         with Interruptions():
-            hydra.main(version_base="1.3", config_path=str(resource("conf")), config_name="config")(job)()
+            # Behind the door, so that Ctrl-C during the imports is a sentence too.
+            from horen_bench.command_line import run_command  # noqa: PLC0415
+
+            code = run_command()
     except KeyboardInterrupt as stop:
         signal = stop if isinstance(stop, Interrupted) else Interrupted()
         print(signal.sentence)  # noqa: T201
-        sys.exit(signal.code)
-    except (HydraException, OmegaConfBaseException, ValueError) as error:
-        if wants_traceback or started:
-            raise
-        _complain(in_words(error, overrides))
-        sys.exit(_ERROR)
-    except UserError as error:
-        if wants_traceback:
-            raise
-        failed.append(str(error))
-    if failed:
-        sys.exit(_ERROR)
-
-
-def _run_and_show(config: RunConfig) -> None:
-    """One run, its tables and notes.
-
-    What it needs is imported here: a refusal and a page of help need none of it.
-    """
-    from rich.console import Console  # noqa: PLC0415
-
-    from horen_bench.runner import run  # noqa: PLC0415
-
-    console = Console()
-    _show(run(config, console), console)
-
-
-def _show(result: "RunResult", console: "Console") -> None:
-    from horen_bench.results.console import checkpoint_tables, notes  # noqa: PLC0415
-
-    console.print(checkpoint_tables(result.rows))
-    for note in [*notes(result.rows), *filter(None, (result.tracking_problem, result.remark))]:
-        console.print(f"note: {note}", highlight=False, markup=False)
-    state = "already finished, nothing was run (force=true runs it again)" if result.reused else "stored"
-    console.print(f"{state}: {result.store.path}", highlight=False, markup=False, soft_wrap=True)
-
-
-def _complain(sentence: str) -> None:
-    sys.stderr.write(f"error: {sentence}\n")
+        code = signal.code
+    if code:
+        sys.exit(code)
 
 
 if __name__ == "__main__":

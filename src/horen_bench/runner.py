@@ -64,11 +64,11 @@ def run(config: RunConfig, console: Console, wanted: Sequence[Checkpoint] | None
         Interrupted: a signal ended the run; what is done is saved.
     """
     checkpoints = config.wanted() if wanted is None else wanted
-    cases = _cases(config)
-    store = RunStore(run_directory(config))
-    if not config.force and not _missing(config, cases, checkpoints, store):
-        return RunResult(store, _rows_of(store, checkpoints), reused=True, remark=_remark(config))
     with _in_sentences():
+        cases = _cases(config)
+        store = RunStore(run_directory(config))
+        if not config.force and not _missing(config, cases, checkpoints, store):
+            return RunResult(store, _rows_of(store, checkpoints), reused=True, remark=_remark(config))
         return _run(config, cases, checkpoints, store, console)
 
 
@@ -81,7 +81,8 @@ def _run(
 
     gc.freeze()
     gc.enable()
-    stream.check_method(config)
+    with out_of_memory_in("the method was checked", _MORE_MEMORY):
+        stream.check_method(config)
     with Interruptions() as signals, store.locked(), store.failure_recorded():
         at_work = store.again() if config.force else store
         missing = _missing(config, cases, checkpoints, at_work)  # less, if another process was quicker
@@ -111,9 +112,11 @@ def _saying_where(store: RunStore, missing: Mapping[int, Sequence[str]]) -> Iter
 
 @contextmanager
 def _in_sentences() -> Iterator[None]:
-    """What a disk or connection refuses, wherever it does, as a sentence that says what to do."""
+    """What a disk, a connection or the host's memory refuses, wherever it does, as a sentence that says what to do."""
     try:
         yield
+    except MemoryError as error:
+        raise UserError(f"memory ran out; {_MORE_MEMORY}") from error
     except OSError as error:
         what = error.filename or "a file or connection"
         reason = error.strerror or " ".join(str(error).split()) or type(error).__name__

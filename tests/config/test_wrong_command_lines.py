@@ -200,14 +200,15 @@ WRONG: list[tuple[str, tuple[str, ...]]] = [
 # Runs every line in a fork of one process that has imported the command line, and nothing else.
 _PROGRAM = """
 import contextlib, io, json, os, sys
-import horen_bench.__main__ as command_line
+import horen_bench.command_line
+from horen_bench.__main__ import main
 
 def outcome(words):
     sys.argv = ["horen_bench", *words]
     said, code = io.StringIO(), 0
     with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
         try:
-            command_line.main()
+            main()
         except SystemExit as exit:
             code = exit.code
         except BaseException as error:
