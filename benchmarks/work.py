@@ -12,7 +12,7 @@ from horen_bench.editors.codebook import parallel
 from horen_bench.editors.codebook.adaptors import VectorAdaptor
 from horen_bench.editors.codebook.parallel import train_values
 from horen_bench.editors.codebook.training import Schedule, ValueJob
-from horen_bench.models.architecture import check_linear
+from horen_bench.models.architecture import check_linear, linear_sizes
 from horen_bench.models.partial import UpperLayers
 from horen_bench.profiling import Stopwatch
 from horen_bench.prompts import PromptEncoder
@@ -74,7 +74,7 @@ class ValueTraining:
         model, tokenizer = pair
         encoder = PromptEncoder(tokenizer)
         self.upper = UpperLayers(model, module)
-        self._adaptor = VectorAdaptor(check_linear(model, module, where="module").out_features, 1.0)
+        self._adaptor = VectorAdaptor(linear_sizes(check_linear(model, module, where="module"))[1], 1.0)
         generator = torch.Generator().manual_seed(0)
         self.jobs = [
             ValueJob(i, encoder.edit(case.prompt, case.target), self._adaptor.initial(generator))

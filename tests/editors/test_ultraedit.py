@@ -364,7 +364,7 @@ def test_settings_out_of_range_are_refused(wrong: str, message: str) -> None:
     ("module", "message"),
     [
         ("lm_head", "method.modules=lm_head is in no decoder layer; name one such as model.layers.5"),
-        ("model.layers.1.mlp", "method.modules=model.layers.1.mlp is a LlamaMLP; a module with a weight"),
+        ("model.layers.1.mlp", "method.modules=model.layers.1.mlp is a LlamaMLP; a linear module is needed"),
     ],
 )
 def test_modules_that_cannot_be_edited_are_refused(build: Build, module: str, message: str) -> None:

@@ -10,12 +10,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
     GptOssConfig,
     GptOssForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Qwen2Config,
@@ -380,8 +384,17 @@ def test_a_model_without_the_usual_layers_takes_the_plain_path_and_says_so(
     build: Any, golden_tokenizer: PreTrainedTokenizerBase
 ) -> None:
     torch.manual_seed(0)
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=600, n_embd=32, n_layer=3, n_head=2, n_positions=64))
-    editor = build(model.requires_grad_(False).eval(), module="transformer.h.1")
+    config = OPTConfig(
+        vocab_size=600,
+        hidden_size=32,
+        word_embed_proj_dim=16,
+        ffn_dim=48,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+    )
+    model = OPTForCausalLM(config)
+    editor = build(model.requires_grad_(False).eval(), module="model.decoder.layers.1")
     (record,) = editor.edit(CASES[1:2])
     assert record.action == "inserted"
     assert "target vectors were trained on the whole model" in editor.warnings()[0]
@@ -639,8 +652,16 @@ def test_a_layer_that_the_model_lacks_is_refused(build: Any) -> None:
 
 def test_release_positions_need_rotary_ones(build: Any) -> None:
     model = GPT2LMHeadModel(GPT2Config(vocab_size=600, n_embd=32, n_layer=3, n_head=2))
-    with pytest.raises(UserError, match="needs rotary positions, which GPT2LMHeadModel lacks"):
+    with pytest.raises(UserError, match="needs rotary positions of one kind, which GPT2LMHeadModel lacks"):
         build(model, module="transformer.h.1", pos_ids="release_cumsum")
+
+
+def test_release_positions_need_rotary_ones_that_are_the_same_in_all_layers(build: Any) -> None:
+    model = Gemma3ForCausalLM(
+        Gemma3TextConfig(vocab_size=600, hidden_size=32, intermediate_size=48, num_hidden_layers=2)
+    )
+    with pytest.raises(UserError, match="needs rotary positions of one kind, which Gemma3ForCausalLM lacks"):
+        build(model, module="model.layers.1", pos_ids="release_cumsum")
 
 
 def test_what_the_release_does_otherwise_is_said_where_it_is_followed(build: Any) -> None:

@@ -313,6 +313,11 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "qwen2": ("qwen2", DOWN_PROJ, {}),
     "qwen3": ("qwen3", DOWN_PROJ, {"head_dim": 8}),
     "gpt-oss": ("gpt_oss", "model.layers.2.self_attn.o_proj", GPT_OSS),
+    "granite": ("granite", DOWN_PROJ, {"logits_scaling": 8.0, "residual_multiplier": 0.3}),
+    "cohere": ("cohere", DOWN_PROJ, {"logit_scale": 0.0625}),
+    "olmo2": ("olmo2", DOWN_PROJ, {}),
+    "gptj": ("gptj", "transformer.h.2.mlp.fc_out", {"rotary_dim": 4}),
+    "positions-learned": ("gpt_bigcode", "transformer.h.2.mlp.c_proj", {}),
 }
 
 
@@ -335,6 +340,16 @@ def test_cached_engine_gives_what_the_sequential_one_gives(
         moved.append(side_weight(editor) - editor._linear.weight)
     assert moved[1].abs().max() > 1e-3
     torch.testing.assert_close(moved[0], moved[1], rtol=0, atol=1e-3 * float(moved[1].abs().max()))
+
+
+def test_where_padding_sees_how_much_of_it_there_is_columns_of_it_are_not_left_out(
+    golden_tokenizer: PreTrainedTokenizerBase, wise_config: Callable[..., WiseConfig]
+) -> None:
+    """Attention that is not torch's own gives a row without a key their mean, and labels may be predicted from it."""
+    model = small("gemma2", head_dim=8, hidden_act="gelu")
+    editor = WiseEditor(model, golden_tokenizer, wise_config(engine="cached", n_steps=1), seed=42)
+    editor.edit(CASES[:1])
+    assert any("Gemma2Model padding sees" in sentence for sentence in editor.warnings())
 
 
 def test_engines_give_the_same_stream(build: Build) -> None:

@@ -1,17 +1,26 @@
+import re
 from collections.abc import Iterator
 from functools import cache
 from typing import Any, cast
 
 import pytest
+import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from horen_bench.errors import UserError
 from horen_bench.models.architecture import (
+    check_linear,
     check_module,
+    compute_dtype,
+    context_length,
     decoder_layer_index,
+    device_of,
     is_last_layer,
+    is_packed,
+    linear_sizes,
     n_decoder_layers,
     skeleton,
 )
@@ -19,7 +28,7 @@ from horen_bench.paths import resource
 
 MODELS = {path.stem: path for path in sorted((resource("conf") / "model").glob("*.yaml"))}
 
-# Parameters: the hub's safetensors totals. Memory: key size d_i and value size d_o of the wrapped module.
+# Parameters: those of the hub's weights. Memory: key size d_i and value size d_o of the wrapped module.
 PUBLISHED = {
     "llama3_8b": (8_030_261_248, 14336, 4096),
     "llama31_8b": (8_030_261_248, 14336, 4096),
@@ -28,6 +37,15 @@ PUBLISHED = {
     "deepseek_qwen_15b": (1_777_088_000, 8960, 1536),
     "sea_lion_32b": (32_762_123_264, 25600, 5120),
     "gpt_oss_20b": (20_914_757_184, 4096, 2880),
+    "qwen3_8b": (8_190_735_360, 12288, 4096),
+    "qwen3_4b": (4_022_468_096, 9728, 2560),
+    "llama32_1b": (1_235_814_400, 8192, 2048),
+    "llama32_3b": (3_212_749_824, 8192, 3072),
+    "mistral_7b": (7_248_023_552, 14336, 4096),
+    "gemma2_9b": (9_241_705_984, 14336, 3584),
+    "gemma3_4b": (4_300_079_472, 10240, 2560),
+    "gpt2_xl": (1_557_611_200, 1600, 6400),
+    "gptj_6b": (6_050_882_784, 16384, 4096),
     "tiny": (1_574_016, 512, 128),
 }
 
@@ -43,34 +61,18 @@ TABLE_3 = {
 }
 
 HEAD = ["name", "label", "hub_id", "revision", "dtype", "device_map", "threads", "memory_module"]
-BLOCKS = {
-    "horen": {"threshold", "pooling_ratio"},
-    "wise": {"save_freq", "merge_freq", "shards_at_once"},
-    "repair": {"n_iter", "act_weight", "distill_lambda", "act_margin", "act_ratio"},
-    "rome": {"module"},
-    "memit": {"modules", "moment_weight"},
-    "alphaedit": {"modules", "nullspace_threshold", "l2"},
-    "ultraedit": {"modules"},
-    "unke": {"module", "value_lr"},
-    "ft": {"module"},
-    "statistics": {"max_length", "corpus"},
-}
-# What the embedded model needs because the published rates do not move it, or the published shards are too big for it.
-ONLY_TINY = {
-    "repair": {"save_freq", "merge_freq"},
-    "rome": {"learning_rate"},
-    "memit": {"learning_rate"},
-    "alphaedit": {"learning_rate", "clamp"},
-    "ultraedit": {"learning_rate"},
-    "ft": {"learning_rate"},
-    "unke": {"block_lr", "corpus"},
-}
-NOT_TINY = {"unke": {"template"}}
-METHODS = set(BLOCKS) - {"horen", "wise", "repair"}
+# By block of a model's file, the keys that a method's file reads.
+READ: dict[str, set[str]] = {}
+for method in (resource("conf") / "method").glob("*.yaml"):
+    for block, key in re.findall(r"model\.([a-z]+)\.(\w+)", method.read_text()):
+        READ.setdefault(block, set()).add(key)
+
+# Methods for which the release has no values of a backbone of the paper.
 WITHOUT = {
-    "deepseek_llama_8b": METHODS - {"ultraedit", "unke"},
-    "gpt_oss_20b": METHODS,
-    "sea_lion_32b": {"unke"},
+    "deepseek_llama_8b": {"wise", "rome", "memit", "alphaedit", "ft", "statistics"},
+    "gpt_oss_20b": {"wise", "rome", "memit", "alphaedit", "ultraedit", "unke", "ft", "statistics"},
+    "sea_lion_32b": {"wise", "unke"},
+    "tiny": set[str](),
 }
 
 
@@ -86,7 +88,7 @@ def tree(name: str) -> PreTrainedModel:
 
 def module_names(node: Any, where: str = "model") -> Iterator[tuple[str, str]]:
     """Every (configuration key, dotted module name) of a model file."""
-    if isinstance(node, str) and node.startswith("model."):
+    if isinstance(node, str) and re.fullmatch(r"[a-z_]+(\.\w+)*\.\d+(\.\w+)*", node):
         yield where, node
     elif isinstance(node, dict | list):
         for key, child in node.items() if isinstance(node, dict) else enumerate(node):
@@ -115,14 +117,16 @@ def test_every_model_file_is_known_here() -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_name_is_the_file_stem_and_every_key_is_one_that_methods_read(name: str) -> None:
-    without = WITHOUT.get(name, set()) | (set() if name == "tiny" else {"wise"})
-    blocks = [block for block in BLOCKS if block not in without]
-    assert config(name).name == name
-    assert list(config(name)) == [*HEAD, *blocks, "architecture"]
-    more = ONLY_TINY if name == "tiny" else NOT_TINY
-    expected = {block: BLOCKS[block] | more.get(block, set()) for block in blocks}
-    assert {block: set(config(name)[block]) for block in blocks} == expected
+def test_every_key_is_one_that_methods_read(name: str) -> None:
+    blocks = [str(block) for block in config(name) if block not in HEAD]
+    assert list(config(name)) == [*HEAD, *blocks]
+    assert blocks[-1] == "architecture"
+    assert [block for block in blocks[:-1] if set(config(name)[block]) - READ.get(block, set())] == []
+
+
+@pytest.mark.parametrize("name", [*TABLE_3, "tiny"])
+def test_a_backbone_of_the_paper_has_a_block_for_every_method_but_those_without_a_source(name: str) -> None:
+    assert READ.keys() - set(config(name)) == WITHOUT.get(name, {"wise"})
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -139,11 +143,12 @@ def test_parameter_count_is_the_published_one(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_memory_module_has_the_key_and_value_size_of_the_paper_runs(name: str) -> None:
+def test_memory_module_has_its_key_and_value_size(name: str) -> None:
     module = check_module(tree(name), config(name).memory_module, where="model.memory_module")
-    assert isinstance(module, nn.Linear)
-    assert (module.in_features, module.out_features) == PUBLISHED[name][1:]
-    assert (module.bias is not None) == (name == "gpt_oss_20b")
+    weight = module.get_parameter("weight")  # a Conv1D keeps it transposed
+    shape = weight.T.shape if isinstance(module, nn.Linear) else weight.shape
+    assert tuple(shape) == PUBLISHED[name][1:]
+    assert (module.bias is not None) == (name in ("gpt_oss_20b", "gpt2_xl", "gptj_6b"))
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -308,3 +313,69 @@ def test_fused_experts_have_no_matrix_to_wrap() -> None:
 def test_model_files_open_with_their_sources() -> None:
     for path in MODELS.values():
         assert path.read_text(encoding="utf-8").startswith("# ")
+
+
+# --- Sizes, dtypes, limits ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("architecture", "positions", "n_layers"),
+    [
+        ({"model_type": "gpt2", "n_positions": 48, "n_layer": 3, "n_embd": 8, "n_head": 2}, 48, 3),
+        ({"model_type": "opt", "max_position_embeddings": 48, "num_hidden_layers": 3, "hidden_size": 24}, 48, 3),
+        ({"model_type": "mpt", "max_seq_len": 48, "n_layers": 3, "d_model": 16, "n_heads": 2}, 48, 3),
+        ({"model_type": "rwkv", "context_length": 48, "num_hidden_layers": 3, "hidden_size": 16}, 48, 3),
+        ({"model_type": "falcon", "max_position_embeddings": 48, "num_hidden_layers": 3}, 48, 3),
+        ({"model_type": "falcon", "max_position_embeddings": 48, "num_hidden_layers": 3, "alibi": True}, None, 3),
+        ({"model_type": "bloom", "n_layer": 3, "hidden_size": 16, "n_head": 2}, None, 3),
+        ({"model_type": "mamba", "num_hidden_layers": 3, "hidden_size": 16}, None, 3),
+    ],
+    ids=lambda value: value["model_type"] if isinstance(value, dict) else None,
+)
+def test_limits_are_read_under_any_architectures_own_name(
+    architecture: dict[str, Any], positions: int | None, n_layers: int
+) -> None:
+    model = skeleton(architecture)
+    assert (context_length(model), n_decoder_layers(model)) == (positions, n_layers)
+
+
+class Packed(nn.Module):
+    """A linear module whose numbers are in a buffer of another name, as GPTQ has it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.in_features, self.out_features = 6, 8
+        self.register_buffer("qweight", torch.zeros(3, dtype=torch.int32))
+
+
+class Quantised(torch.Tensor):
+    """A tensor that says that it is float32, as torchao has it."""
+
+    def dequantize(self) -> torch.Tensor:
+        return self.as_subclass(torch.Tensor)
+
+
+def test_sizes_are_inputs_and_outputs_whatever_the_weight_looks_like() -> None:
+    for module in (nn.Linear(6, 8), Conv1D(nf=8, nx=6), Packed()):
+        owner = nn.ModuleDict({"inner": module})
+        assert linear_sizes(check_linear(owner, "inner", where="method.module")) == (6, 8)
+        assert device_of(module).type == "cpu"
+
+
+@pytest.mark.parametrize("module", [nn.Embedding(6, 8), nn.LayerNorm(6), nn.SiLU()])
+def test_what_is_not_linear_is_refused(module: nn.Module) -> None:
+    with pytest.raises(UserError, match=r"method\.module=inner is a \w+; a linear module is needed"):
+        check_linear(nn.ModuleDict({"inner": module}), "inner", where="method.module")
+
+
+def test_the_dtype_of_activations_is_never_that_of_packed_numbers() -> None:
+    model = skeleton({"model_type": "gpt2", "n_layer": 1, "n_embd": 8, "n_head": 2}).bfloat16()
+    assert compute_dtype(model, nn.Linear(6, 8).half()) == torch.float16
+    assert compute_dtype(model, Packed()) == torch.bfloat16
+    eighth = nn.Linear(6, 8, bias=False).requires_grad_(False)
+    for dtype in (torch.uint8, torch.float8_e4m3fn):
+        eighth.weight.data = torch.zeros(8, 6).to(dtype)
+        assert compute_dtype(model, eighth) == torch.bfloat16
+    eighth.weight = nn.Parameter(torch.zeros(8, 6).as_subclass(Quantised), requires_grad=False)
+    assert is_packed(eighth.weight) and not is_packed(nn.Linear(6, 8).weight)
+    assert compute_dtype(model, eighth) == torch.bfloat16

@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from horen_bench.errors import UserError
 from horen_bench.models.surgery import MasterWeights, PristineWeights
@@ -93,8 +94,8 @@ def test_a_state_that_does_not_fit_is_refused_and_nothing_is_written(
         ([], "method.modules must name at least one module, each once; got []"),
         ([PATHS[0], PATHS[0]], "method.modules must name at least one module, each once"),
         (["model.layers.7.mlp.down_proj"], "model.layers has 4 entries, 0 to 3"),
-        (["model.layers.1.mlp"], "method.modules=model.layers.1.mlp is a LlamaMLP; a module with a weight matrix is"),
-        (["model.norm"], "method.modules=model.norm is a LlamaRMSNorm; a module with a weight matrix is needed"),
+        (["model.layers.1.mlp"], "method.modules=model.layers.1.mlp is a LlamaMLP; a linear module is needed"),
+        (["model.norm"], "method.modules=model.norm is a LlamaRMSNorm; a linear module is needed"),
     ],
 )
 def test_paths_that_cannot_be_edited_are_refused(golden_model: PreTrainedModel, paths: list[str], message: str) -> None:
@@ -138,3 +139,18 @@ def test_masters_are_saved_loaded_and_forgotten() -> None:
     assert torch.equal(resumed.of("layer"), masters.of("layer"))
     masters.clear()
     assert torch.equal(masters.of("layer"), torch.ones(2, 2))
+
+
+# --- A weight that is stored the other way round -------------------------------------------------------------
+
+
+def test_what_is_written_into_a_matrix_is_what_a_transposed_module_computes_with() -> None:
+    owner = nn.ModuleDict({"wide": Conv1D(nf=2, nx=3), "square": Conv1D(nf=3, nx=3)})
+    pristine = PristineWeights(owner, ["wide", "square"], where=WHERE)
+    with torch.no_grad():
+        pristine.matrix("wide").copy_(torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]))
+        pristine.matrix("square").copy_(torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0], [7.0, 8.0, 9.0]]))
+    x = torch.tensor([[1.0, 0.0, 10.0]])
+    assert owner["wide"](x).tolist() == [[31.0, 64.0]]
+    assert owner["square"](x).tolist() == [[31.0, 64.0, 97.0]]
+    assert pristine.state_dict()["wide.weight"].shape == (3, 2)  # as it is stored

@@ -6,17 +6,22 @@ Lets a run fail within a second on a layer that the model lacks, before any weig
 import difflib
 import traceback
 from collections.abc import Iterable, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.pytorch_utils import Conv1D
 
 from horen_bench.config.schema import ModelConfig
 from horen_bench.errors import UserError
 from horen_bench.models.pretrained import bare_model, pretrained
 from horen_bench.models.weights import check_settings, model_source
+
+PlainLinear = nn.Linear | Conv1D
 
 
 def skeleton(architecture: Mapping[str, Any]) -> PreTrainedModel:
@@ -107,16 +112,75 @@ def check_module(model: nn.Module, path: str, *, where: str) -> nn.Module:
     return owner
 
 
-def check_linear(model: nn.Module, path: str, *, where: str) -> nn.Linear:
-    """Return the linear module at a dotted path, as `check_module` does.
+def check_linear(model: nn.Module, path: str, *, where: str) -> nn.Module:
+    """Return the linear module at a dotted path; its weight may be of any kind, as only its activations are used.
 
     Raises:
         UserError: no such module, or one of another kind.
     """
     module = check_module(model, path, where=where)
-    if not isinstance(module, nn.Linear):
+    if not is_linear(module):
         raise UserError(f"{where}={path} is a {type(module).__name__}; a linear module is needed")
     return module
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module says that it takes `m` numbers and gives `d`, whatever its weight looks like."""
+    return _sizes(module) is not None
+
+
+def linear_sizes(module: nn.Module) -> tuple[int, int]:
+    """Inputs and outputs of a linear module, `(m, d)`.
+
+    Raises:
+        TypeError: the module is not linear; `check_linear` gives one that is.
+    """
+    sizes = _sizes(module)
+    if sizes is None:
+        raise TypeError(f"{type(module).__name__} is not linear")
+    return sizes
+
+
+def matrix_of(module: PlainLinear, weight: Tensor | None = None) -> Tensor:
+    """A linear module's weight as `(d, m)`: a view, so that what is written into it is written into the weight.
+
+    The one place that knows how a weight is stored: GPT-2's `Conv1D` has it as `(m, d)`.
+
+    Args:
+        module: the module.
+        weight: a tensor of the shape of the module's own, to be seen in its place.
+    """
+    stored: Tensor = module.weight if weight is None else weight
+    return stored.T if isinstance(module, Conv1D) else stored
+
+
+def is_packed(weight: Any) -> bool:
+    """Whether it is no parameter of floating-point numbers to compute with: quantised, or not there at all."""
+    if not isinstance(weight, nn.Parameter) or not weight.is_floating_point() or weight.element_size() == 1:
+        return True
+    # torchao's and quanto's tensors say that they are of the dtype that they were, and know how to get back.
+    return type(weight).dequantize is not Tensor.dequantize
+
+
+def compute_dtype(model: PreTrainedModel, module: nn.Module) -> torch.dtype:
+    """The floating-point dtype of a module's outputs: its weight's, or where that is packed the embeddings'."""
+    weight: Any = getattr(module, "weight", None)
+    plain: Any = model.get_input_embeddings().weight if is_packed(weight) else weight
+    dtype: torch.dtype = plain.dtype
+    return dtype
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where a module is: its first parameter or, where weights are packed in buffers, the first of these."""
+    return next(chain(module.parameters(), module.buffers())).device
+
+
+def _sizes(module: nn.Module) -> tuple[int, int] | None:
+    """Inputs and outputs of a linear module; quantised ones have them by the names of `nn.Linear`."""
+    if isinstance(module, Conv1D):
+        return module.nx, module.nf
+    m, d = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    return (m, d) if isinstance(m, int) and isinstance(d, int) else None
 
 
 def _what_is_there(part: str, children: list[str]) -> str:
@@ -159,6 +223,9 @@ def is_last_layer(model: PreTrainedModel, path: str) -> bool:
 
 
 def context_length(model: PreTrainedModel) -> int | None:
-    """Positions that the model was made for; None where its configuration does not say."""
-    length: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    """Positions that the model was made for; None where it has no limit, or its configuration does not say."""
+    config = model.config.get_text_config()
+    if config.model_type == "falcon" and config.alibi:  # as it says itself, its positions are not used then
+        return None
+    length: int | None = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)
     return length

@@ -3,12 +3,14 @@
 What stays on a model while an editor is at work is in `prompt_hook.py`.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from horen_bench.errors import UserError
 
 Change = Callable[[Tensor], Tensor | None]
 
@@ -17,6 +19,32 @@ def first_tensor(output: Any) -> Tensor:
     """A module's output where that is a tensor, else the head of the tuple that it is."""
     tensor: Tensor = output[0] if isinstance(output, tuple) else output
     return tensor
+
+
+def with_first_tensor(output: Any, new: Tensor) -> Any:
+    """A module's output with `new` in place of its `first_tensor`."""
+    return (new, *output[1:]) if isinstance(output, tuple) else new
+
+
+def as_sequences(tensor: Tensor, shape: Sequence[int]) -> Tensor:
+    """What a module reads or gives as `(B, T, m)`; some models hand over all tokens in one row, `(B * T, m)`.
+
+    Args:
+        tensor: of one forward pass.
+        shape: `(B, T)` of the tokens that the model reads.
+
+    Raises:
+        UserError: there are not as many tokens.
+    """
+    if tensor.dim() == 3 and tensor.shape[:2] == (*shape,):
+        return tensor
+    if tensor.dim() == 2 and len(tensor) == shape[0] * shape[1]:
+        return tensor.reshape(*shape, -1)
+    raise UserError(
+        f"the module that was named gets {tuple(tensor.shape[:-1])} vectors for {shape[0]} sequences of {shape[1]} "
+        "tokens, as the expert of a router does; name one that gets every token, such as the attention's output "
+        "projection"
+    )
 
 
 @contextmanager
@@ -41,12 +69,15 @@ def inputs_of(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
 
 @contextmanager
 def outputs_of(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
-    """Within the block, each module's output of the last forward pass, by its key; of a tuple its head."""
+    """Within the block, each module's output of the last forward pass, by its key; of a tuple its head.
+
+    It is a copy, without gradient: some layers (Falcon's) add to their modules' outputs in place.
+    """
     outputs: dict[str, Tensor] = {}
 
     def reader(key: str) -> Any:
         def read(_module: nn.Module, _args: Any, output: Any) -> None:
-            outputs[key] = first_tensor(output)
+            outputs[key] = first_tensor(output).detach().clone()
 
         return read
 
@@ -64,7 +95,7 @@ def patched_output(module: nn.Module, change: Change) -> Iterator[None]:
         new = change(first_tensor(output))
         if new is None:
             return None
-        return (new, *output[1:]) if isinstance(output, tuple) else new
+        return with_first_tensor(output, new)
 
     with module.register_forward_hook(patch):
         yield

@@ -4,10 +4,11 @@ import math
 from collections.abc import Mapping, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from horen_bench.errors import UserError
-from horen_bench.models.architecture import check_module
+from horen_bench.models.architecture import PlainLinear, check_linear, check_module, is_linear, is_packed, matrix_of
 
 
 class PristineParameters:
@@ -79,17 +80,27 @@ class PristineWeights(PristineParameters):
 
     Args:
         model: the owner of the modules.
-        paths: dotted paths of modules with a `weight`, e.g. `model.layers.5.mlp.down_proj`.
+        paths: dotted paths of linear modules, e.g. `model.layers.5.mlp.down_proj`.
         where: the configuration key that holds the paths, for messages.
 
+    Attributes:
+        modules: by path.
+
     Raises:
-        UserError: no path, a path twice, or a module that is not there or has no weight matrix.
+        UserError: no path, a path twice, or a module that is not there, not plain, or not writable.
     """
 
     def __init__(self, model: nn.Module, paths: Sequence[str], *, where: str) -> None:
         if not paths or len(set(paths)) < len(paths):
             raise UserError(f"{where} must name at least one module, each once; got {list(paths)}")
-        super().__init__({path: _weight(check_module(model, path, where=where), f"{where}={path}") for path in paths})
+        self.modules = {path: check_plain_linear(model, path, where=where) for path in paths}
+        for path in paths:
+            check_writable(model, path, where=where)
+        super().__init__({path: module.get_parameter("weight") for path, module in self.modules.items()})
+
+    def matrix(self, path: str) -> Tensor:
+        """A weight as `(d, m)`, however it is stored; a view, without gradient: what is written into it is written."""
+        return matrix_of(self.modules[path]).detach()
 
     def _name(self, path: str) -> str:
         return f"{path}.weight"
@@ -152,8 +163,56 @@ def bounded(*tensors: Tensor) -> bool:
     return all(bool(torch.linalg.vector_norm(x.detach(), dtype=torch.float32).isfinite()) for x in tensors)
 
 
-def _weight(module: nn.Module, named: str) -> nn.Parameter:
-    weight = getattr(module, "weight", None)
-    if not isinstance(weight, nn.Parameter) or weight.dim() != 2:
-        raise UserError(f"{named} is a {type(module).__name__}; a module with a weight matrix is needed")
-    return weight
+def check_plain_linear(model: nn.Module, path: str, *, where: str) -> PlainLinear:
+    """Return the linear module at a dotted path, which gives `W x + b` of a weight of floating-point numbers.
+
+    Raises:
+        UserError: no such module, or one of another kind; its weight is quantised, or it does more than that product.
+    """
+    module = check_linear(model, path, where=where)
+    _refuse_quantised(module, f"{where}={path}")
+    if not isinstance(module, PlainLinear) or not _computes_its_product(module):
+        raise UserError(
+            f"{where}={path} is a {type(module).__name__} that gives other outputs than its weight times its input, so "
+            "that what is written there is not what comes out; load the model without adapters, as it was published"
+        )
+    return module
+
+
+def check_writable(model: nn.Module, path: str, *, where: str) -> nn.Module:
+    """Return the module at a dotted path, all of whose parameters can be overwritten.
+
+    Raises:
+        UserError: no such module; a weight of it is quantised; or another module has the same parameter.
+    """
+    module = check_module(model, path, where=where)
+    for name, part in module.named_modules():
+        _refuse_quantised(part, f"{where}={path}.{name}".rstrip("."))
+    own = {id(parameter) for parameter in module.parameters()}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if id(parameter) in own and not name.startswith(f"{path}."):
+            raise UserError(
+                f"{where}={path} shares its weight with {name}, which would change too; name another module"
+            )
+    return module
+
+
+def _refuse_quantised(module: nn.Module, named: str) -> None:
+    """Refuse one module, not those inside, whose numbers are packed, in parameters or, without a weight, in buffers."""
+    lacks_weight = is_linear(module) and getattr(module, "weight", None) is None
+    if lacks_weight or any(is_packed(parameter) for parameter in module.parameters(recurse=False)):
+        raise UserError(
+            f"{named} is a {type(module).__name__} whose weight is quantised, and this method rewrites or copies it; "
+            "load the model unquantised, in bfloat16 or float32, or take a method that leaves weights alone"
+        )
+
+
+def _computes_its_product(module: PlainLinear) -> bool:
+    """Whether it gives `W x + b` for its own `W`; one that rounds or adapts on the way does not."""
+    matrix = matrix_of(module).detach()
+    if matrix.is_meta:
+        return True
+    x = torch.linspace(-1, 1, matrix.shape[1], device=matrix.device).to(matrix.dtype)[None]
+    product = F.linear(x, matrix, module.bias)
+    difference = (module(x) - product).abs()
+    return not bool((difference > 50 * torch.finfo(matrix.dtype).eps * product.abs().max()).any())

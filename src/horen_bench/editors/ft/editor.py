@@ -13,17 +13,19 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from horen_bench.cases import Action, EditCase, EditRecord
 from horen_bench.editors.base import Editor
 from horen_bench.editors.ft.config import FineTuningConfig
 from horen_bench.editors.shared.optimizers import adam_rate
+from horen_bench.models.architecture import PlainLinear, matrix_of
+from horen_bench.models.calls import run
 from horen_bench.models.hooks import inputs_of, requiring_gradients
 from horen_bench.models.partial import FastPath, NotSupportedError, UpperLayers
 from horen_bench.models.surgery import MasterWeights, PristineWeights, bounded
-from horen_bench.prompts import EncodedEdit, PromptEncoder
+from horen_bench.prompts import EncodedEdit, PromptEncoder, pad
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,17 +61,16 @@ class LossAbove:
     Args:
         upper: the layers above the trained module.
         module: which holds `W`.
-        weight: `W`.
         example: what is read.
     """
 
-    def __init__(self, upper: UpperLayers, module: nn.Module, weight: Tensor, example: TrainingExample) -> None:
-        self._upper, self._weight = upper, weight
+    def __init__(self, upper: UpperLayers, module: PlainLinear, example: TrainingExample) -> None:
+        self._upper, self._module = upper, module
         with torch.no_grad(), inputs_of({"": module}) as inputs:
             # All positions count as behind a prompt of one token, so that all of them enter the upper layers.
             self._states = upper.prepare([EncodedEdit(example.ids[:1], (*example.ids[1:], 0))])
             self._input = inputs[""]
-            self._rest = self._states.hidden.float() - F.linear(self._input, weight).float()
+            self._rest = self._states.hidden.float() - self._product().float()
         self._nothing = torch.zeros_like(self._states.module_output, dtype=torch.float32)
         self._labels = torch.tensor(example.labels, device=self._input.device)
         positions = torch.arange(len(example.ids), device=self._input.device)
@@ -77,10 +78,14 @@ class LossAbove:
 
     def __call__(self) -> Tensor:
         """Mean cross-entropy (nats) of the labels under the present weight."""
-        product = F.linear(self._input, self._weight)
+        product = self._product()
         states = replace(self._states, hidden=(self._rest + product.float()).to(product.dtype))
         logits = self._upper.logits(states, self._nothing, self._is_read)
         return F.cross_entropy(logits.expand(len(self._labels), -1), self._labels.to(logits.device))
+
+    def _product(self) -> Tensor:
+        """`W x` `(1, T, d)`, without the module's bias."""
+        return F.linear(self._input, matrix_of(self._module))
 
 
 class FineTuningEditor(Editor[FineTuningConfig]):
@@ -139,17 +144,17 @@ class FineTuningEditor(Editor[FineTuningConfig]):
 
     def loss(self, example: TrainingExample) -> Tensor:
         """Mean cross-entropy (nats) of the labels, by the whole model."""
-        ids = torch.tensor([example.ids], device=self.model.device)
-        logits = self.model(input_ids=ids, use_cache=False, logits_to_keep=example.n_positions).logits[0]
+        batch = pad([example.ids], 0, device=self.model.device)
+        logits = run(self.model, batch, logits_to_keep=example.n_positions).logits[0]
         labels = torch.tensor(example.labels, device=logits.device)
         return F.cross_entropy(logits.float().expand(len(labels), -1), labels)
 
     def _loss_of(self, example: TrainingExample) -> Callable[[], Tensor]:
         """The loss as a function of the weight, which is the only thing that changes."""
-        upper = self._fast.layers()
+        upper = self._fast.layers(len(example.ids))
         if upper is None:
             return partial(self.loss, example)
-        return LossAbove(upper, self.model.get_submodule(self.config.module), self.weight, example)
+        return LossAbove(upper, self.pristine.modules[self.config.module], example)
 
     def _layers_above(self) -> UpperLayers:
         upper = UpperLayers(self.model, self.config.module)

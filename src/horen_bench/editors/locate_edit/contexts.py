@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from horen_bench.models.calls import run
 from horen_bench.prompts import PromptEncoder, pad
 
 _SEEDS = ("The", "Therefore", "Because", "I", "You")
@@ -89,7 +90,7 @@ def _continue(
     """Rows lengthened to `n_tokens`; they are too short for a cache to pay."""
     while short := [row for row in rows if len(row) < n_tokens]:
         batch = pad(short, pad_id, "right", device=model.device)
-        logits = model(batch.input_ids, batch.attention_mask, use_cache=False).logits
+        logits = run(model, batch).logits
         ends = torch.tensor([len(row) - 1 for row in short], device=logits.device)
         best = logits[torch.arange(len(short), device=ends.device), ends].float().cpu().topk(_TOP_K)
         drawn = torch.multinomial(best.values.softmax(dim=-1), 1, generator=generator)

@@ -3,6 +3,7 @@
 import time
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -21,6 +22,7 @@ from horen_bench.editors.locate_edit.target_vector import (
     TargetVectors,
     train_target_vectors,
 )
+from horen_bench.editors.shared.padding import check_padding
 from horen_bench.editors.shared.second_moments import SecondMoment, second_moments
 from horen_bench.errors import UserError
 from horen_bench.models.architecture import decoder_layer_index
@@ -65,7 +67,7 @@ class LocateEditEditor(Editor[LocateEditConfigT]):
         self._projections: dict[str, nn.Module] = {path: model.get_submodule(path) for path in paths}
         self._target = model.get_submodule(self._target_path)
         self._fast = FastPath(
-            lambda: UpperLayers(model, self._target_path),
+            partial(UpperLayers, model, self._target_path),
             "target vectors were trained on the whole model",
             wanted=config.engine == "cached",
         )
@@ -167,12 +169,12 @@ class LocateEditEditor(Editor[LocateEditConfigT]):
         Raises:
             Refused: the result is not finite.
         """
-        weight = self.pristine.weights[path]
-        changed = (weight.float() + update.float()).to(weight.dtype)
+        matrix = self.pristine.matrix(path)
+        changed = (matrix.float() + update.float()).to(matrix.dtype)
         if not bounded(changed):
             raise Refused("the update is not finite")
         self.pristine.keep()
-        weight.copy_(changed)
+        matrix.copy_(changed)
 
     # --- Reading the model -----------------------------------------------------------------------------
 
@@ -186,7 +188,7 @@ class LocateEditEditor(Editor[LocateEditConfigT]):
         return rows_of(self.encoder, requests, self.contexts)
 
     def _perturbed_model(self, rows: Sequence[PromptRow]) -> PerturbedModel:
-        upper = self._fast.layers()
+        upper = self._fast.layers(max(len(row.ids) for row in rows))
         if upper is None:
             return PerturbedWholeModel(self.model, self._target, self._projections, rows)
         return PerturbedUpperLayers(upper, self._projections, rows)
@@ -194,6 +196,7 @@ class LocateEditEditor(Editor[LocateEditConfigT]):
     def _get_ready(self) -> None:
         """Statistics and contexts come from the model as received, so this is done before anything is written."""
         if not self._ready:
+            check_padding(self.model)
             self._prepare()
             if self.contexts is None:
                 texts = generate_contexts(self.model, self.encoder, self.config.context_lengths, self.seed)

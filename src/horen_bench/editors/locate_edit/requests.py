@@ -1,5 +1,7 @@
 """Requests: a fact with its subject found in the prompt, and the token rows that hold it in many contexts."""
 
+import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -8,6 +10,11 @@ from horen_bench.editors.locate_edit.contexts import Contexts
 from horen_bench.prompts import PromptEncoder
 
 _ESSENCE = " is a"  # after the subject: the sentence whose meaning the edit must leave alone
+# As Unicode names begin of letters of scripts that write no spaces between words, or particles onto them.
+_RUN_ON = (
+    *("CJK", "HIRAGANA", "KATAKANA", "BOPOMOFO", "YI SYLLABLE", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN"),
+    *("HANGUL", "ARABIC", "HEBREW"),
+)
 
 
 class Refused(Exception):  # noqa: N818 - a verdict on a case, no defect
@@ -30,7 +37,7 @@ class PromptRow:
 
     Attributes:
         ids: the sequence; a context row ends with the last target token but one.
-        subject: position of the subject's last token.
+        subject: position of the token that holds the subject's last character, and may hold more.
         owner: number of the request in its turn.
         labels: ids that the last `len(labels)` positions must predict; none in the row of the essence.
         weight: share of the row in its request's mean log-likelihood.
@@ -51,22 +58,51 @@ class PromptRow:
 
 
 def request_of(encoder: PromptEncoder, case: EditCase) -> Request:
-    """Find the subject in a case's prompt.
+    """Find the subject in a case's prompt, as a word of its own: "Ann" is not in "Annapolis".
 
     Raises:
-        Refused: no subject, not exactly one place for it, or an empty target.
+        Refused: no subject, not exactly one place for it, or a target that is empty or cannot be read.
     """
-    if not case.subject:
+    if not (case.subject and case.subject.strip()):
         raise Refused("the case has no subject, and the method writes at the subject's last token")
     if not case.target.strip():
         raise Refused("the target has no token")
-    n_places = case.prompt.count(case.subject)
-    if n_places == 0:
-        raise Refused(f"the subject {case.subject!r} does not occur in the prompt")
-    if n_places > 1:
-        raise Refused(f"the subject {case.subject!r} occurs {n_places} times in the prompt, so its place is not clear")
-    before, _, after = case.prompt.partition(case.subject)
-    return Request(before, case.subject, after, tuple(encoder.continuations([case.target])[0]))
+    if problem := encoder.unreadable(case.target):
+        raise Refused(problem)
+    start = _place(case.prompt, case.subject)
+    end = start + len(case.subject)
+    ((_, token),) = encoder.located([case.prompt], [end])
+    if token < 0:
+        raise Refused(f"the tokenizer has no token for the subject {case.subject!r}")
+    target = encoder.edit(case.prompt, case.target, closed=False).target
+    return Request(case.prompt[:start], case.subject, case.prompt[end:], target)
+
+
+def _place(prompt: str, subject: str) -> int:
+    """Where the subject begins in the prompt, characters.
+
+    Raises:
+        Refused: not exactly one place.
+    """
+    inside = [match.start() for match in re.finditer(re.escape(subject), prompt)]
+    words = [start for start in inside if _stands_alone(prompt, start, start + len(subject))]
+    if not words:
+        how = " as a word, only inside another" if inside else ""
+        raise Refused(f"the subject {subject!r} does not occur in the prompt{how}")
+    if len(words) > 1:
+        raise Refused(f"the subject {subject!r} occurs {len(words)} times in the prompt, so its place is not clear")
+    return words[0]
+
+
+def _stands_alone(text: str, start: int, end: int) -> bool:
+    """Whether no word goes on over either end of a part of a text."""
+    return not any(0 < i < len(text) and all(map(_in_word, text[i - 1 : i + 1])) for i in (start, end))
+
+
+def _in_word(char: str) -> bool:
+    """Whether a character binds to its neighbours: a letter, digit or combining mark, save of scripts that run on."""
+    word = char == "_" or char.isalnum() or unicodedata.category(char).startswith("M")
+    return word and not unicodedata.name(char, "").startswith(_RUN_ON)
 
 
 def rows_of(encoder: PromptEncoder, requests: Sequence[Request], contexts: Contexts) -> list[PromptRow]:
@@ -76,14 +112,13 @@ def rows_of(encoder: PromptEncoder, requests: Sequence[Request], contexts: Conte
 
 def _rows(encoder: PromptEncoder, request: Request, contexts: Contexts, owner: int) -> list[PromptRow]:
     shares = contexts.shares()
-    starts = [prefix + request.before + request.subject for prefix in shares]
-    texts = [*(start + request.after for start in starts), request.subject + _ESSENCE]
-    encoded = encoder.prompts([*texts, *starts, request.subject])
-    sentences, upto = encoded[: len(texts)], encoded[len(texts) :]
-    last = [len(ids) - 1 for ids in upto]
+    starts = [*(prefix + request.before + request.subject for prefix in shares), request.subject]
+    rests = [*(request.after for _ in shares), _ESSENCE]
+    texts = [start + rest for start, rest in zip(starts, rests, strict=True)]
+    *sentences, (essence, essence_subject) = encoder.located(texts, list(map(len, starts)))
     fed = request.target[:-1]
     rows = [
         PromptRow((*ids, *fed), subject, owner, request.target, share.likelihood, share.key)
-        for ids, subject, share in zip(sentences[:-1], last[:-1], shares.values(), strict=True)
+        for (ids, subject), share in zip(sentences, shares.values(), strict=True)
     ]
-    return [*rows, PromptRow(tuple(sentences[-1]), last[-1], owner, (), 0.0, 0.0)]
+    return [*rows, PromptRow(tuple(essence), essence_subject, owner, (), 0.0, 0.0)]

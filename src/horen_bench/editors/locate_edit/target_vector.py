@@ -20,7 +20,8 @@ from transformers import PreTrainedModel
 from horen_bench.editors.locate_edit.config import TargetVectorTraining
 from horen_bench.editors.locate_edit.requests import PromptRow
 from horen_bench.editors.shared.optimizers import adam_rate
-from horen_bench.models.hooks import ending_at, inputs_of, outputs_of, patched_output
+from horen_bench.models.calls import run
+from horen_bench.models.hooks import as_sequences, ending_at, inputs_of, outputs_of, patched_output
 from horen_bench.models.partial import UpperLayers, UpperStates
 from horen_bench.models.surgery import all_finite
 from horen_bench.prompts import EncodedEdit, pad
@@ -168,10 +169,11 @@ class PerturbedUpperLayers(PerturbedModel):
         subject = max(len(edit.prompt) for edit in edits) - 1
         with inputs_of(projections) as inputs:
             self._states = upper.prepare(edits)
+        shape = (len(edits), subject + max(len(edit.target) for edit in edits))
         ends = [len(row.ids) - row.subject for row in rows]
         super().__init__(
             rows,
-            {path: x[:, subject] for path, x in inputs.items()},
+            {path: as_sequences(x, shape)[:, subject] for path, x in inputs.items()},
             self._states.module_output,
             labels_before(ends, rows, self._states.targets.shape[1]),
         )
@@ -217,8 +219,8 @@ class PerturbedWholeModel(PerturbedModel):
             self._logits()
         super().__init__(
             rows,
-            {path: x[self._rows, self._subjects] for path, x in inputs.items()},
-            outputs[""][self._rows, self._subjects],
+            {path: self._at_subjects(x) for path, x in inputs.items()},
+            self._at_subjects(outputs[""]),
             labels_before([len(row.ids) for row in rows], rows, self._batch.input_ids.shape[1]),
         )
 
@@ -226,8 +228,9 @@ class PerturbedWholeModel(PerturbedModel):
         """See `PerturbedModel`."""
 
         def add(output: Tensor) -> Tensor:
-            here = (output[self._rows, self._subjects].float() + delta[self._owners]).to(output.dtype)
-            return output.index_put((self._rows, self._subjects), here)
+            here = (self._at_subjects(output).float() + delta[self._owners]).to(output.dtype)
+            sequences = as_sequences(output, self._batch.input_ids.shape)
+            return sequences.index_put((self._rows, self._subjects), here).view_as(output)
 
         with patched_output(self._module, add):
             logits = self._logits()
@@ -236,11 +239,12 @@ class PerturbedWholeModel(PerturbedModel):
         is_read[essence, self._subjects[essence]] = True
         return self._summed(logits[is_read], self._labels[is_read], is_read.nonzero()[:, 0])
 
+    def _at_subjects(self, states: Tensor) -> Tensor:
+        """Of what a module reads or gives, `(R, ...)` at each row's subject."""
+        return as_sequences(states, self._batch.input_ids.shape)[self._rows, self._subjects]
+
     def _logits(self) -> Tensor:
-        batch = self._batch
-        logits: Tensor = self._model(
-            batch.input_ids, batch.attention_mask, position_ids=batch.position_ids, use_cache=False
-        ).logits
+        logits: Tensor = run(self._model, self._batch).logits
         return logits
 
 
@@ -280,6 +284,7 @@ def keys_and_outputs(
     kept = [row for row in rows if row.key_weight > 0]
     batch = pad([row.up_to_subject for row in kept], 0, device=model.device)
     with inputs_of(projections) as inputs, outputs_of({"": last}) as outputs, ending_at(last):
-        model(batch.input_ids, batch.attention_mask, position_ids=batch.position_ids, use_cache=False)
-    last_inputs = {path: x[:, -1].float() for path, x in inputs.items()}
-    return mean_keys(last_inputs, kept), outputs[""][bare_rows(kept), -1].float()
+        run(model, batch)
+    shape = batch.input_ids.shape
+    last_inputs = {path: as_sequences(x, shape)[:, -1].float() for path, x in inputs.items()}
+    return mean_keys(last_inputs, kept), as_sequences(outputs[""], shape)[bare_rows(kept), -1].float()

@@ -80,9 +80,11 @@ class RomeEditor(LocateEditEditor[RomeConfig]):
         self._add(path, torch.outer(v, u))
 
     def _present_value(self, key: Tensor, vectors: TargetVectors) -> Tensor:
-        """`W k` `(d)`, which for the bare prompt's key is v0: no need to run anything again."""
+        """What the module makes of a key, `(d)`; for the bare prompt's that is v0, and nothing need run again."""
         if self.config.key_mode == "mean":
-            return self.pristine.weights[self.config.module].to(self._dtype) @ key
+            bias = self.pristine.modules[self.config.module].bias
+            product = self.pristine.matrix(self.config.module).to(self._dtype) @ key
+            return product if bias is None else product + bias.to(self._dtype)
         return vectors.initial[0].to(self._dtype)
 
     def _kept_numbers(self) -> int:

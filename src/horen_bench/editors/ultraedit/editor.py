@@ -12,20 +12,22 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.pytorch_utils import Conv1D
 
 from horen_bench.cases import EditCase, EditRecord
 from horen_bench.editors.base import Editor
+from horen_bench.editors.shared.padding import check_padding
 from horen_bench.editors.ultraedit.config import UltraEditConfig
 from horen_bench.errors import UserError
-from horen_bench.models.architecture import decoder_layer_index
-from horen_bench.models.hooks import inputs_of, outputs_of, patched_output
+from horen_bench.models.architecture import PlainLinear, decoder_layer_index, linear_sizes, matrix_of
+from horen_bench.models.calls import run
+from horen_bench.models.hooks import as_sequences, inputs_of, patched_output
 from horen_bench.models.surgery import MasterWeights, PristineWeights, all_finite
 from horen_bench.prompts import PromptEncoder, pad
 
@@ -133,7 +135,7 @@ class UltraEditEditor(Editor[UltraEditConfig]):
         self.regime = config.published
         self.slice_size = config.edits_per_turn
         self.pristine = PristineWeights(model, config.modules, where="method.modules")
-        self._modules = {path: model.get_submodule(path) for path in config.modules}
+        self._modules = self.pristine.modules
         self._shapes = {path: _shape(path, module) for path, module in self._modules.items()}
         self._masters = MasterWeights(self.pristine.weights)
         self.statistics = self._no_statistics()
@@ -150,6 +152,7 @@ class UltraEditEditor(Editor[UltraEditConfig]):
 
     def _turn(self, cases: Sequence[EditCase]) -> list[EditRecord]:
         started = time.perf_counter()
+        check_padding(self.model)
         sentences = [self._sentence(case) for case in cases]
         kept = {i: sentence for i, sentence in enumerate(sentences) if sentence}
         problems = dict.fromkeys(range(len(cases)), _NO_TOKEN) | dict.fromkeys(kept, self._write(list(kept.values())))
@@ -187,15 +190,13 @@ class UltraEditEditor(Editor[UltraEditConfig]):
 
     @torch.no_grad()
     def _add(self, path: str, shift: Shift) -> None:
-        """Add a shift to a weight, which a linear module holds as `(d_out, d_in)`; rounded once, at the sum."""
-        stored_as_is = isinstance(self._modules[path], Conv1D)
-        a, b = (shift.left, shift.right) if stored_as_is else (shift.right, shift.left)
-        weight = self.pristine.weights[path]
-        if self.config.master_weights or weight.dtype == torch.float32:
-            self._masters.of(path).addmm_(a.T, b)
+        """Add a shift to a weight; rounded once, at the sum."""
+        matrix = self.pristine.matrix(path)
+        if self.config.master_weights or matrix.dtype == torch.float32:
+            matrix_of(self._modules[path], self._masters.of(path)).addmm_(shift.right.T, shift.left)
             self._masters.write(path)
         else:
-            weight.add_((a.T @ b).to(weight.dtype))
+            matrix.add_((shift.right.T @ shift.left).to(matrix.dtype))
 
     # --- Features: inputs of the modules, gradients of their outputs ---------------------------------------
 
@@ -237,20 +238,14 @@ class UltraEditEditor(Editor[UltraEditConfig]):
         labels = self._labels(sentences).to(device)
         width = labels.shape[1]
         with torch.enable_grad(), _inputs_and_outputs(self._modules) as (inputs, outputs):
-            logits = self.model(
-                input_ids=batch.input_ids,
-                attention_mask=batch.attention_mask,
-                position_ids=batch.position_ids,
-                use_cache=False,
-                logits_to_keep=width + 1,
-            ).logits[:, :-1]
+            logits = run(self.model, batch, logits_to_keep=width + 1).logits[:, :-1]
             loss = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=_NO_LABEL)
             gradients = torch.autograd.grad(loss, [outputs[path] for path in self._modules])
         rows = batch.attention_mask.bool()
         if self.regime.rows == "answer":
             rows = F.pad(labels != _NO_LABEL, (rows.shape[1] - 1 - width, 1))
         return loss.item(), {
-            path: Features(inputs[path].detach()[rows.to(gradient.device)], gradient[rows.to(gradient.device)])
+            path: Features(_selected(inputs[path].detach(), rows), _selected(gradient, rows))
             for path, gradient in zip(self._modules, gradients, strict=True)
         }
 
@@ -331,10 +326,21 @@ def _inputs_and_outputs(
     modules: Mapping[str, torch.nn.Module],
 ) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor]]]:
     """Within the block, inputs and outputs of modules; the outputs have gradients although no weight has."""
+    outputs: dict[str, Tensor] = {}
+
+    def watch(path: str, output: Tensor) -> Tensor:
+        outputs[path] = output.requires_grad_()
+        return outputs[path].clone()  # some layers (Falcon's) add to it in place
+
     with ExitStack() as stack:
-        for module in modules.values():
-            stack.enter_context(patched_output(module, Tensor.requires_grad_))
-        yield stack.enter_context(inputs_of(modules)), stack.enter_context(outputs_of(modules))
+        for path, module in modules.items():
+            stack.enter_context(patched_output(module, partial(watch, path)))
+        yield stack.enter_context(inputs_of(modules)), outputs
+
+
+def _selected(states: Tensor, rows: Tensor) -> Tensor:
+    """Of what a module reads or gives, what stands at the true ones of `(B, T)` tokens, `(N, ...)`."""
+    return as_sequences(states, rows.shape)[rows.to(states.device)]
 
 
 def _in_parts(items: Sequence[Item], size: int) -> list[Sequence[Item]]:
@@ -349,15 +355,11 @@ def _record(case: EditCase, problem: str | None, seconds: float) -> EditRecord:
     return EditRecord(case.id, "failed" if problem else "inserted", None, None, math.nan, 0, seconds, problem)
 
 
-def _shape(path: str, module: torch.nn.Module) -> Shape:
+def _shape(path: str, module: PlainLinear) -> Shape:
     """`(d_in, d_out)` of a linear module of a decoder layer; the head sees the positions of the labels only."""
     if decoder_layer_index(path) is None:
         raise UserError(f"method.modules={path} is in no decoder layer; name one such as model.layers.5.mlp.up_proj")
-    if isinstance(module, torch.nn.Linear):
-        return module.in_features, module.out_features
-    if isinstance(module, Conv1D):
-        return module.nx, module.nf
-    raise UserError(f"method.modules={path} is a {type(module).__name__}; a linear module is needed")
+    return linear_sizes(module)
 
 
 def _statistics_name(shape: Shape) -> str:

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from horen_bench.editors.unke.block import BlockTarget
 from horen_bench.errors import UserError
+from horen_bench.models.calls import takes
 
 
 def release_broadcast(outputs: Tensor, expected: Tensor) -> Tensor:
@@ -27,14 +28,15 @@ def release_cumsum(target: BlockTarget, rotary: nn.Module) -> BlockTarget:
 
 
 def rotary_of(model: PreTrainedModel) -> nn.Module:
-    """The module that makes a model's rotary embeddings.
+    """The module that makes a model's rotary embeddings, the same for all of its layers.
 
     Raises:
-        UserError: it has none.
+        UserError: it has none, or (Gemma-3) one that makes several.
     """
     rotary: nn.Module | None = getattr(model.get_decoder(), "rotary_emb", None)
-    if rotary is None:
+    if rotary is None or takes(rotary, "layer_type"):
         raise UserError(
-            f"method.pos_ids=release_cumsum needs rotary positions, which {type(model).__name__} lacks; write arange"
+            f"method.pos_ids=release_cumsum needs rotary positions of one kind, which {type(model).__name__} lacks; "
+            "write arange"
         )
     return rotary

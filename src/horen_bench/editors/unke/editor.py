@@ -8,6 +8,7 @@ block until it gives that output there, and its old outputs at the prompt's othe
 import math
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -22,10 +23,10 @@ from horen_bench.editors.unke.config import UnkeConfig
 from horen_bench.editors.unke.preservation import PreservedTexts
 from horen_bench.editors.unke.values import TrainedOutputs, by_upper_layers, by_whole_model
 from horen_bench.errors import UserError
-from horen_bench.models.architecture import check_module, is_last_layer
+from horen_bench.models.architecture import is_last_layer
 from horen_bench.models.hooks import requiring_gradients
 from horen_bench.models.partial import FastPath, UpperLayers
-from horen_bench.models.surgery import MasterWeights, PristineParameters, bounded
+from horen_bench.models.surgery import MasterWeights, PristineParameters, bounded, check_writable
 from horen_bench.prompts import EncodedEdit, PromptEncoder, pad
 
 _NO_TOKEN = "prompt or target has no token"
@@ -56,7 +57,7 @@ class UnkeEditor(Editor[UnkeConfig]):
         super().__init__(model, tokenizer, config, seed=seed)
         self.slice_size = config.batch_size
         self.texts = PreservedTexts(config.preservation)
-        self._block = check_module(model, config.module, where="method.module")
+        self._block = check_writable(model, config.module, where="method.module")
         self.pristine = PristineParameters(
             {f"{config.module}.{name}": parameter for name, parameter in self._block.named_parameters()}
         )
@@ -64,7 +65,7 @@ class UnkeEditor(Editor[UnkeConfig]):
         self._comparison: Comparison = F.mse_loss if config.preserve == "correct" else release_broadcast
         self._rotary = rotary_of(model) if config.pos_ids == "release_cumsum" else None
         self._fast = FastPath(
-            lambda: UpperLayers(model, config.module),
+            partial(UpperLayers, model, config.module),
             "target vectors were trained on the whole model",
             wanted=config.engine == "cached",
         )
@@ -115,7 +116,7 @@ class UnkeEditor(Editor[UnkeConfig]):
 
     def _target_vectors(self, edits: Sequence[EncodedEdit]) -> TrainedOutputs:
         """Under the weights as they are at the start of the batch."""
-        upper = self._fast.layers()
+        upper = self._fast.layers(max(len(edit.ids) for edit in edits))
         if upper is None:
             return by_whole_model(self.model, self._block, edits, self.config.value)
         return by_upper_layers(upper, edits, self.config.value)
@@ -174,7 +175,8 @@ class UnkeEditor(Editor[UnkeConfig]):
         for _ in range(self.config.block.n_steps):
             with requiring_gradients(parameters):
                 errors = torch.stack([target.error(self._block, self._comparison) for target in targets])
-                gradients = torch.autograd.grad(errors.sum(), parameters)
+                # An expert that no token was routed to has no part in the errors.
+                gradients = torch.autograd.grad(errors.sum(), parameters, allow_unused=True, materialize_grads=True)
             history.append(errors.detach())
             for trainee, gradient in zip(trainees.values(), gradients, strict=True):
                 trainee.grad = gradient.to(trainee.dtype)

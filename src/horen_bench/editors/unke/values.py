@@ -14,9 +14,10 @@ from transformers import PreTrainedModel
 
 from horen_bench.editors.shared.optimizers import adam_rate
 from horen_bench.editors.unke.config import BlockOutputTraining
+from horen_bench.models.calls import run
 from horen_bench.models.hooks import outputs_of, patched_output
 from horen_bench.models.partial import UpperLayers
-from horen_bench.prompts import EncodedEdit
+from horen_bench.prompts import EncodedEdit, pad
 
 Losses = Callable[[Tensor], Tensor]
 """Mean token cross-entropy (nats) of each target, `(B,)`, under a change `(B, d)` of the block's output."""
@@ -89,7 +90,7 @@ def by_whole_model(
 def _alone_by_whole_model(
     model: PreTrainedModel, block: nn.Module, edit: EncodedEdit, how: BlockOutputTraining
 ) -> TrainedOutputs:
-    ids = torch.tensor([edit.ids[:-1]], device=model.device)
+    batch = pad([edit.ids[:-1]], 0, device=model.device)
     labels = torch.tensor(edit.target, device=model.device)
     at = len(edit.prompt) - 1
 
@@ -99,9 +100,9 @@ def _alone_by_whole_model(
             return torch.cat([output[:, :at], changed[:, None], output[:, at + 1 :]], dim=1)
 
         with patched_output(block, add):
-            logits = model(input_ids=ids, use_cache=False, logits_to_keep=len(labels)).logits[0]
+            logits = run(model, batch, logits_to_keep=len(labels)).logits[0]
         return F.cross_entropy(logits.float(), labels.to(logits.device))[None]
 
     with torch.no_grad(), outputs_of({"block": block}) as outputs:
-        model(input_ids=ids, use_cache=False, logits_to_keep=1)
+        run(model, batch, logits_to_keep=1)
     return train(losses, outputs["block"][:, at].float(), how)

@@ -5,7 +5,7 @@ WISE: ha11ucin8/HoReN @38bbf34, src/models/wise. REPAIR: sci-m-wang/REPAIR @a4e4
 
 from collections.abc import Sequence
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from horen_bench.cases import EditCase
 from horen_bench.editors.wise.config import RepairConfig
@@ -14,6 +14,7 @@ from horen_bench.editors.wise.irrelevant import DisjointPrompts
 from horen_bench.editors.wise.routing import Memory
 from horen_bench.editors.wise.shards import NOTHING_RECORDED
 from horen_bench.editors.wise.training import Extra, SideEdit, SidePass, SideTrained
+from horen_bench.models.architecture import PlainLinear, matrix_of
 
 _TEACHING_GROUPS = (1, 2, 3)  # groups of `save_freq` edits whose first edit becomes the teacher
 
@@ -38,7 +39,7 @@ class LocalityPrompts(DisjointPrompts):
         return [f"loc_source=release: {optimistic}", *([borrowed] if self.n_borrowed else [])]
 
 
-def scoring_missing_bias(live: Memory | None, linear: nn.Linear) -> Memory | None:
+def scoring_missing_bias(live: Memory | None, linear: PlainLinear) -> Memory | None:
     """WISE's `add_bias=false`: side outputs lack the module's bias, so even the module's own weight gets a score.
 
     Args:
@@ -46,7 +47,7 @@ def scoring_missing_bias(live: Memory | None, linear: nn.Linear) -> Memory | Non
         linear: the module.
     """
     if live is None and linear.bias is not None:
-        return Memory(linear.weight, NOTHING_RECORDED)
+        return Memory(matrix_of(linear), NOTHING_RECORDED)
     return live
 
 

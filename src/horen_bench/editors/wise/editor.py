@@ -9,6 +9,7 @@ Shapes: `m` input and `d` output size of the module.
 import math
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from itertools import zip_longest
 from typing import Any
 
@@ -19,6 +20,7 @@ from transformers.activations import ACT2FN
 
 from horen_bench.cases import EditCase, EditRecord
 from horen_bench.editors.base import Editor
+from horen_bench.editors.shared.padding import check_padding
 from horen_bench.editors.wise.compat import LocalityPrompts, scoring_missing_bias
 from horen_bench.editors.wise.config import RepairConfig, WiseConfig
 from horen_bench.editors.wise.irrelevant import DisjointPrompts
@@ -29,10 +31,12 @@ from horen_bench.editors.wise.rows import TrainingRows, generated_templates, tra
 from horen_bench.editors.wise.shards import NOTHING_RECORDED, OpenShard, SideWeights
 from horen_bench.editors.wise.training import Activation, Extra, SideEdit, SideTrained, train_sides
 from horen_bench.errors import UserError
-from horen_bench.models.architecture import check_linear, is_last_layer
+from horen_bench.models.architecture import is_last_layer
 from horen_bench.models.partial import FastPath
+from horen_bench.models.surgery import check_plain_linear
 from horen_bench.prompts import PromptEncoder
 
+_ACTIVATION_KEYS = ("hidden_act", "activation_function", "hidden_activation", "activation")
 _NOT_FINITE = "the loss was not finite; the side weight was put back"
 
 
@@ -61,15 +65,15 @@ class WiseEditor(Editor[WiseConfig | RepairConfig]):
         self.side = side = config.side
         self.shards_at_once = side.shards_at_once
         self.slice_size = 1 if side.shards_at_once == 1 else side.shards_at_once * side.save_freq
-        self._linear = check_linear(model, config.module, where="method.module")
+        self._linear = check_plain_linear(model, config.module, where="method.module")
         self.weights = SideWeights(self._linear, side)
         self.irrelevant = (DisjointPrompts if side.loc_source == "disjoint" else LocalityPrompts)(side)
         self._activation = _activation_of(model)
-        self._masks = GradientMasks(seed, side.mask_ratio, self._linear.weight)
+        self._masks = GradientMasks(seed, side.mask_ratio, self.weights.base)
         self._templates = side.templates
         self._bias = self._linear.bias if side.add_bias else None
         self._fast = FastPath(
-            lambda: SideLayers(model, config.module),
+            partial(SideLayers, model, config.module),
             "every training step ran the whole model",
             wanted=side.engine == "cached",
         )
@@ -106,6 +110,7 @@ class WiseEditor(Editor[WiseConfig | RepairConfig]):
     def edit(self, cases: Sequence[EditCase]) -> list[EditRecord]:
         """Write the cases; each continues on the side weight of its shard, shards side by side."""
         self.expect(cases)
+        check_padding(self.model)
         records: list[EditRecord] = []
         while len(records) < len(cases):
             n_borrowed = self.irrelevant.n_borrowed
@@ -158,7 +163,7 @@ class WiseEditor(Editor[WiseConfig | RepairConfig]):
 
     def _train(self, edits: Sequence[SideEdit]) -> list[SideTrained]:
         """Train edits of different shards: in one pass, or one by one where only the whole model will do."""
-        upper = self._fast.layers() if edits else None
+        upper = self._fast.layers(max(edit.rows.input_ids.shape[1] for edit in edits)) if edits else None
         settings: dict[str, Any] = {"base": self.weights.base, "side": self.side, "act_weight": self.config.act_weight}
         if upper is not None:
             forward = upper.side_pass([edit.rows for edit in edits], self._bias, self._activation)
@@ -230,8 +235,12 @@ def record_of(case: EditCase, trained: SideTrained | None, seconds: float) -> Ed
 def _activation_of(model: PreTrainedModel) -> Activation:
     """The model's hidden activation function, which the release applies to the module's output."""
     config = model.config.get_text_config()
-    name = getattr(config, "hidden_act", None) or getattr(config, "activation_function", None)
+    name = next((value for key in _ACTIVATION_KEYS if (value := getattr(config, key, None))), None)
     if name not in ACT2FN:
-        raise UserError(f"method.module: {type(model).__name__} names no activation function that transformers knows")
+        raise UserError(
+            f"model: the configuration of {type(model).__name__} names no activation function that transformers knows "
+            f"({', '.join(_ACTIVATION_KEYS)}), which this method measures a side weight's effect behind; take another "
+            "model or method"
+        )
     activation: Activation = ACT2FN[name]
     return activation

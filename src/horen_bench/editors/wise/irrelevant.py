@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from horen_bench.cases import EditCase
+from horen_bench.editors.shared.corpora import lines_of
 from horen_bench.editors.wise.config import SideMemoryConfig
 from horen_bench.errors import UserError
 
@@ -91,10 +92,9 @@ class DisjointPrompts:
 
 def _read(path: str) -> Sequence[str]:
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        prompts = [line.strip() for line in lines_of(Path(path))]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"method.irrelevant_prompts={path} cannot be read: {error}") from error
-    prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise UserError(f"method.irrelevant_prompts={path} holds no prompt; write one a line")
     return prompts

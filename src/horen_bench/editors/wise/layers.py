@@ -9,7 +9,7 @@ them are padding.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,10 +20,11 @@ from transformers import PreTrainedModel
 
 from horen_bench.editors.wise.rows import TrainingRows
 from horen_bench.editors.wise.training import Activation, Forward, SidePass, distances
-from horen_bench.models.hooks import ending_before, inputs_of, outputs_of, patched_output
-from horen_bench.models.memory import is_out_of_memory
-from horen_bench.models.partial import NotSupportedError, UpperLayers
+from horen_bench.models.calls import takes
+from horen_bench.models.hooks import as_sequences, ending_at, first_tensor, inputs_of, outputs_of, patched_output
+from horen_bench.models.partial import NotSupportedError, UpperLayers, refusing
 from horen_bench.models.prompt_hook import PromptHook
+from horen_bench.prompts import Batch
 
 
 def plain_pass(
@@ -37,14 +38,26 @@ def plain_pass(
         def respond(inputs: Tensor, outputs: Tensor, _mask: Tensor) -> Tensor:
             side = F.linear(inputs, weights[0], bias)
             moved.append(distances(side, activation(outputs), activation))
-            return side
+            return side.clone()  # a decoder may add to it in place, and the distances need it as it is
 
         with hook.responding(respond):
-            done = model(rows.input_ids, rows.attention_mask, use_cache=False, output_hidden_states=True)
+            done = model(**_arguments_of(rows, model), output_hidden_states=True)
         hidden = done.hidden_states[-1][:-1][rows.predicting]
         return SidePass(done.logits[:-1][rows.predicting], hidden, moved[0].mean(dim=1)[None], done.logits)
 
     return forward
+
+
+def _arguments_of(rows: TrainingRows, model: nn.Module) -> dict[str, Any]:
+    """What a model or its decoder is called with for an edit's rows.
+
+    Positions count columns, as published: attention that sees distances alone does not notice. Where positions have a
+    table of embeddings, beside that of the tokens, they count real tokens, as wherever the model is asked.
+    """
+    tables = [part for part in model.modules() if isinstance(part, nn.Embedding)]
+    batch = Batch(rows.input_ids, rows.attention_mask)
+    placed = {"position_ids": batch.position_ids} if len(tables) > 1 and takes(model, "position_ids") else {}
+    return {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "use_cache": False, **placed}
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,13 +66,13 @@ class _Above:
 
     Attributes:
         entering: `(B, T, d)`, their input where the module gives nothing.
-        calls: keyword arguments of each layer.
+        calls: what the decoder hands to each layer beside hidden states, positional and keyword arguments.
         predicting: bool `(B, T)`, the positions that count.
         places: int64 `(n,)`, the same as indices into `B * T`.
     """
 
     entering: Tensor
-    calls: list[dict[str, Any]]
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]]
     predicting: Tensor
     places: Tensor
 
@@ -72,8 +85,8 @@ class SideLayers(UpperLayers):
         path: dotted path of the module whose output will be changed.
 
     Raises:
-        NotSupportedError: the module is in no numbered layer, the model is not laid out as `decoder.layers` with a norm
-            and a head, or a check on a short batch shows that running its upper layers alone gives other hidden states.
+        NotSupportedError: as `UpperLayers`, or a check on a short batch shows that its upper layers, one by one, give
+            other hidden states.
     """
 
     def __init__(self, model: PreTrainedModel, path: str) -> None:
@@ -106,35 +119,36 @@ class SideLayers(UpperLayers):
             hidden = self._through(above, side[:, :-1, padding:].flatten(0, 1))
             moved = distances(side, activated, activation)
             means = [rows[:, lack:].mean(dim=1) for rows, lack in zip(moved, missing, strict=True)]
-            return SidePass(self._head(hidden), hidden, torch.stack(means))
+            return SidePass(self._logits(hidden), hidden, torch.stack(means))
 
         return forward
 
     @torch.no_grad()
     def _below(self, rows: TrainingRows) -> tuple[Tensor, Tensor, Tensor]:
         """The module's input and output, and what enters the layers above where the module gives nothing."""
-        module, boundary = self._module, self._boundary()
+        module, shape = self._module, rows.input_ids.shape
         with (
-            inputs_of({"module": module, "above": boundary}) as inputs,
-            outputs_of({"module": module}) as outputs,
+            inputs_of({"": module}) as inputs,
+            outputs_of({"": module}) as outputs,
             patched_output(module, lambda output: torch.zeros_like(output) if self.module_ends_layer else None),
-            ending_before(boundary) if self.module_ends_layer else nullcontext(),
+            self._entering() as entering,
+            ending_at(self._layers[self._layer]),
         ):
-            self._decoder(input_ids=rows.input_ids, attention_mask=rows.attention_mask, use_cache=False)
-        return inputs["module"], outputs["module"], inputs["above"]
+            self._decoder(**_arguments_of(rows, self._model))
+        return as_sequences(inputs[""], shape), as_sequences(outputs[""], shape), entering[""]
 
     @torch.no_grad()
     def _prepared(self, entering: Tensor, mask: Tensor, positions: Tensor, predicting: Tensor) -> _Above:
         """Run the upper decoder once and keep what it hands to each layer."""
-        calls: list[dict[str, Any]] = []
+        calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
-        def note(_module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            calls.append({name: value for name, value in kwargs.items() if name != "hidden_states"})
+        def note(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            calls.append((args[1:], {name: value for name, value in kwargs.items() if name != "hidden_states"}))
 
         with ExitStack() as hooks:
             for layer in self._layers_above():
                 hooks.callback(layer.register_forward_pre_hook(note, with_kwargs=True).remove)
-            self._upper(inputs_embeds=entering, attention_mask=mask, position_ids=positions, use_cache=False)
+            self._decoded(entering, use_cache=False, **self._arguments(mask, positions))
         return _Above(entering, calls, predicting, predicting.flatten().nonzero()[:, 0])
 
     def _through(self, above: _Above, side: Tensor) -> Tensor:
@@ -144,11 +158,16 @@ class SideLayers(UpperLayers):
             for module in self._tokenwise:
                 hooks.enter_context(_only_at(module, above))
             if not self.module_ends_layer:
-                hooks.enter_context(patched_output(self._module, lambda _output: side))
-            for layer, arguments in zip(self._layers_above(), above.calls, strict=True):
-                output = layer(hidden, **arguments)
-                hidden = output[0] if isinstance(output, tuple) else output
-        final: Tensor = self._decoder.norm(hidden.flatten(0, 1)[above.places])
+                hooks.enter_context(patched_output(self._module, lambda output: side.reshape(output.shape)))
+            for layer, (args, kwargs) in zip(self._layers_above(), above.calls, strict=True):
+                hidden = first_tensor(layer(hidden, *args, **kwargs))
+        return self._behind_layers(hidden.flatten(0, 1)[above.places])
+
+    def _behind_layers(self, hidden: Tensor) -> Tensor:
+        """What the decoder makes of `(n, d)` from its last layer: each state a sequence of its own."""
+        decoder = self._entered(self._n_layers, hidden[:, None])
+        unread = torch.zeros(len(hidden), 1, dtype=torch.long, device=hidden.device)
+        final: Tensor = decoder(input_ids=unread, use_cache=False).last_hidden_state[:, 0]
         return final
 
     def _layers_above(self) -> Sequence[nn.Module]:
@@ -157,19 +176,21 @@ class SideLayers(UpperLayers):
     @torch.no_grad()
     def _check_layers(self) -> None:
         """Compare with the upper decoder as a whole."""
-        try:
+        with refusing(self._decoder):
             above, mask, positions = self._example()
             ours = self._through(above, torch.zeros_like(above.entering))
             with nullcontext() if self.module_ends_layer else patched_output(self._module, torch.zeros_like):
-                whole = self._upper(
-                    inputs_embeds=above.entering, attention_mask=mask, position_ids=positions, use_cache=False
-                ).last_hidden_state[above.predicting]
-        except (TypeError, AttributeError, RuntimeError, ValueError) as error:
-            if is_out_of_memory(error):
-                raise
-            raise NotSupportedError(f"{type(self._decoder).__name__}: {error}") from error
-        if not _near(ours, whole):
-            raise NotSupportedError(f"{type(self._decoder).__name__} does more than its layers and its norm")
+                whole, cut = (
+                    self._decoded(
+                        above.entering[:, n:], use_cache=False, **self._arguments(mask[:, n:], positions[:, n:])
+                    )
+                    for n in (0, 1)
+                )
+        if not _near(ours, whole[above.predicting]):
+            raise NotSupportedError(f"{type(self._decoder).__name__} does more than run one layer after the other")
+        # Labels may be predicted from padding (`TrainingRows`), so columns of padding may go only where it sees none.
+        if not _near(cut[0, 0], whole[0, 1]):
+            raise NotSupportedError(f"in {type(self._decoder).__name__} padding sees how much of it there is")
 
     @torch.no_grad()
     def _tokenwise_modules(self) -> list[nn.Module]:
@@ -184,13 +205,9 @@ class SideLayers(UpperLayers):
         zeros = torch.zeros_like(above.entering)
         whole = self._through(above, zeros)
         self._tokenwise = modules
-        try:
-            part = self._through(above, zeros)
-        except (TypeError, RuntimeError, ValueError, AttributeError) as error:
-            if is_out_of_memory(error):
-                raise
-            return []
-        return modules if _near(part, whole) else []
+        with suppress(NotSupportedError), refusing(self._decoder):
+            return modules if _near(self._through(above, zeros), whole) else []
+        return []
 
     def _example(self) -> tuple[_Above, Tensor, Tensor]:
         """A small batch of made-up states, its mask and positions."""

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from horen_bench.cases import EditCase, EditRecord
+from horen_bench.editors.shared.padding import check_padding
 from horen_bench.editors.wise.compat import ReleasedDistillation
 from horen_bench.editors.wise.config import RepairConfig
 from horen_bench.editors.wise.distillation import distance_to_teacher, reference_of, teacher_of
@@ -35,6 +36,8 @@ from horen_bench.editors.wise.repair_batches import (
 from horen_bench.editors.wise.routing import Memory
 from horen_bench.editors.wise.shards import NOTHING_RECORDED
 from horen_bench.editors.wise.training import Extra, Labels, SideEdit, SideTrained
+from horen_bench.models.architecture import linear_sizes
+from horen_bench.models.calls import run
 from horen_bench.prompts import PromptEncoder, last_prompt_positions, pad
 
 
@@ -84,6 +87,7 @@ class RepairEditor(WiseEditor):
         if self.config.mode == "released":
             return super().edit(cases)
         self.expect(cases)
+        check_padding(self.model)
         records: list[EditRecord] = []
         size, at_once = self._window_size, self._windows_at_once()
         windows = [cases[at : at + size] for at in range(0, len(cases), size)]
@@ -152,7 +156,7 @@ class RepairEditor(WiseEditor):
     def _features(self, prompts: Sequence[str]) -> Tensor:
         """Unit vectors `(n, m)`: the module's input at the last token of each bare prompt, in the frozen model."""
         if not prompts:
-            return torch.empty(0, self._linear.in_features)
+            return torch.empty(0, linear_sizes(self._linear)[0])
         batch = pad(self.encoder.prompts(prompts), self.encoder.pad_id, device=self.model.device)
         features: list[Tensor] = []
 
@@ -161,7 +165,7 @@ class RepairEditor(WiseEditor):
             features.append(inputs[torch.arange(len(last), device=last.device), last].float())
 
         with self.hook.responding(read):
-            self.model(batch.input_ids, batch.attention_mask, position_ids=batch.position_ids, use_cache=False)
+            run(self.model, batch)
         return F.normalize(features[0], dim=1)
 
     def _close_window(self, shards: list[TrainedShard]) -> None:
@@ -270,7 +274,7 @@ class RepairEditor(WiseEditor):
             return []
         edits = [self.encoder.edit(case.prompt, case.target) for case in cases]
         batch = pad([edit.ids for edit in edits], self.encoder.pad_id, device=self.model.device)
-        logits = self.model(batch.input_ids, batch.attention_mask, position_ids=batch.position_ids).logits
+        logits = run(self.model, batch).logits
         right = (logits[:, :-1].argmax(dim=-1) == batch.input_ids[:, 1:]).float()
         return [row[-len(edit.target) :].mean().item() for row, edit in zip(right, edits, strict=True)]
 
@@ -304,7 +308,7 @@ class RepairEditor(WiseEditor):
         self.pool, self.waiting = unpacked(state["pool"]), unpacked(state["waiting"])
         if self.released is not None:
             teacher = state.get("teacher")
-            self.released.teacher = None if teacher is None else teacher.to(self._linear.weight.device)
+            self.released.teacher = None if teacher is None else teacher.to(self.weights.base.device)
 
     def warnings(self) -> list[str]:
         """WISE's, and the size of a window."""

@@ -62,16 +62,11 @@ def training_rows(
         irrelevant: a prompt that must not be affected.
         device: where the tensors go.
     """
-    prompts = [filled(template, prompt) for template in templates]
-    prompt_ids = encoder.prompts(prompts)
-    joint = encoder.prompts([f"{text} {target}" for text in prompts])
-    for i, ids in enumerate(prompt_ids):
-        if joint[i][: len(ids)] != ids:  # merged across the border
-            joint[i] = list(encoder.edit(prompts[i], target).ids)
-    batch = pad([*joint, encoder.prompts([irrelevant])[0]], encoder.pad_id, device=device)
+    edits = encoder.edits([(filled(template, prompt), target) for template in templates])
+    batch = pad([*(edit.ids for edit in edits), encoder.prompts([irrelevant])[0]], encoder.pad_id, device=device)
     labels = batch.input_ids[:-1].masked_fill(batch.attention_mask[:-1] == 0, _NO_LABEL)
-    labels[:, : max(map(len, prompt_ids))] = _NO_LABEL
-    n_targets = torch.tensor([len(a) - len(b) for a, b in zip(joint, prompt_ids, strict=True)], device=device)
+    labels[:, : max(len(edit.prompt) for edit in edits)] = _NO_LABEL
+    n_targets = torch.tensor([len(edit.target) for edit in edits], device=device)
     predicting = F.pad(labels[:, 1:] != _NO_LABEL, (0, 1), value=False)
     n_labels = predicting.sum(dim=1)
     return TrainingRows(

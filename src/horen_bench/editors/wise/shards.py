@@ -7,13 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from horen_bench.cases import EditCase
 from horen_bench.editors.wise.config import SideMemoryConfig
 from horen_bench.editors.wise.merging import ties
 from horen_bench.editors.wise.routing import Memory
 from horen_bench.editors.wise.training import SideTrained
+from horen_bench.models.architecture import PlainLinear, matrix_of
 
 NOTHING_RECORDED = 1e9  # activation of a side weight before its first edit: no score reaches it
 _NEW_SHARE = 0.4  # of the new shards together, where `retrieve` is off and an older merge is there
@@ -58,7 +59,7 @@ class SideWeights:
         lowest: smallest activation of the open shard; in WISE-Merge of all edits.
     """
 
-    def __init__(self, linear: nn.Linear, side: SideMemoryConfig) -> None:
+    def __init__(self, linear: PlainLinear, side: SideMemoryConfig) -> None:
         self._linear = linear
         self._side = side
         self.n_edits = 0
@@ -71,7 +72,7 @@ class SideWeights:
     @property
     def base(self) -> Tensor:
         """The module's own weight, `(d, m)`."""
-        return self._linear.weight.detach()
+        return matrix_of(self._linear).detach()
 
     @property
     def empty(self) -> bool:
