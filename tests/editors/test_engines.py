@@ -9,13 +9,21 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from horen_bench.cases import EditCase, EditRecord
 from horen_bench.config.compose import run_config
 from horen_bench.editors.horen.config import HorenConfig
 from horen_bench.editors.horen.editor import HorenEditor
 from horen_bench.evaluation.decoding import greedy_decode
+from horen_bench.models.partial import NotSupportedError, UpperLayers
 
 # Near paraphrases, so that edits match, conflict and chain; prompts and targets of many lengths.
 _PROMPTS = (
@@ -174,13 +182,36 @@ def test_a_model_that_does_not_fit_the_fast_path_is_edited_all_the_same_and_the_
     cases = _cases([(_PROMPTS[0], _TARGETS[1]), (_PROMPTS[3], _TARGETS[1])])
     sequential = _editor(model_and_tokenizer, "sequential")
     expected = _result(sequential, sequential.edit(cases))
-    model, _ = model_and_tokenizer
-    monkeypatch.setattr(type(model), "get_decoder", lambda self: self.lm_head)
+
+    def refused(*_: object) -> None:
+        raise NotSupportedError("the layout is odd")
+
+    monkeypatch.setattr(UpperLayers, "__init__", refused)
     editor = _editor(model_and_tokenizer, "parallel")
     _assert_same(_result(editor, editor.edit(cases)), expected)
-    assert editor.warnings() == [
-        "values were trained one by one on the whole model: LlamaForCausalLM has no decoder.layers with a head"
-    ]
+    assert editor.warnings() == ["values were trained one by one on the whole model: the layout is odd"]
+
+
+def test_both_engines_agree_where_a_long_edit_changes_the_positions_of_short_ones(
+    model_and_tokenizer: tuple[PreTrainedModel, PreTrainedTokenizerBase],
+) -> None:
+    """Longrope takes other frequencies for a whole batch once a row is longer than the model was first trained for."""
+    plain, tokenizer = model_and_tokenizer
+    cases = _cases([(_PROMPTS[5], _TARGETS[1]), (_PROMPTS[0], _TARGETS[3])])
+    short, long = (len(tokenizer(f"{case.prompt} {case.target}")["input_ids"]) for case in cases)
+    assert short < long
+    half = plain.config.head_dim // 2
+    rotary = {"rope_type": "longrope", "rope_theta": 10000.0, "factor": 4.0, "short_factor": [1.0] * half}
+    rotary |= {"long_factor": [9.0] * half, "original_max_position_embeddings": long - 1}
+    config = LlamaConfig.from_dict({**plain.config.to_dict(), "rope_parameters": rotary, "rope_scaling": None})
+    model: PreTrainedModel = LlamaForCausalLM(config)
+    model.load_state_dict(plain.state_dict())
+    pair = (model.requires_grad_(False).eval(), tokenizer)
+    sequential = _editor(pair, "sequential", n_steps=20, early_stopping=None)
+    expected = _result(sequential, sequential.edit(cases))
+    parallel = _editor(pair, "parallel", n_steps=20, early_stopping=None)
+    _assert_same(_result(parallel, parallel.edit(cases)), expected)
+    assert "rotary" in parallel.warnings()[0]
 
 
 def test_no_score_matrix_outgrows_the_block(

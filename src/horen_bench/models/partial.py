@@ -6,11 +6,18 @@ the upper layers from the last prompt token on, and the upper layers' keys and v
 training step then runs `|y|` positions through the layers above `l` and the head, not the whole sequence through the
 whole model.
 
+No architecture is named here. The model's own code runs, with stubs in the place of parts: below `l` stubs hand on what
+they get, at `l` one hands up the cached states, and for the logits one stands for the whole decoder. So whatever an
+architecture does beside its layers (positions added to embeddings, a norm at the end, logits scaled or capped) is done
+as it does it, and a check on short rows decides whether the outcome is what the whole model says.
+
 Shapes: `B` edits; `P` prompt and `Y` target tokens of the longest; `d` hidden size.
 """
 
 import copy
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -18,10 +25,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, LinearAttentionCacheLayerMixin
 
-from horen_bench.models.architecture import decoder_layer_index
-from horen_bench.models.hooks import inputs_of, outputs_of, patched_output
+from horen_bench.errors import UserError
+from horen_bench.models.architecture import decoder_layer_index, n_decoder_layers
+from horen_bench.models.calls import takes
+from horen_bench.models.hooks import as_sequences, inputs_of, outputs_of, patched_output
 from horen_bench.models.memory import is_out_of_memory
 from horen_bench.prompts import EncodedEdit
 
@@ -31,6 +40,20 @@ _TOKENS_GUESS = 16  # positions of one edit that a step works on, for the guess 
 
 class NotSupportedError(Exception):
     """The model does not have the usual decoder layout, so that the plain path must be taken."""
+
+
+@contextmanager
+def refusing(decoder: nn.Module) -> Iterator[None]:
+    """Within the block, what an architecture raises becomes a `NotSupportedError`; memory that ran out does not."""
+    try:
+        yield
+    except NotSupportedError:
+        raise
+    except Exception as error:  # each architecture raises what it likes
+        if is_out_of_memory(error):
+            raise
+        reason = " ".join((str(error) if isinstance(error, UserError) else repr(error)).split())[:300]
+        raise NotSupportedError(f"{type(decoder).__name__} cannot run its upper layers alone ({reason})") from error
 
 
 @dataclass(slots=True)
@@ -119,9 +142,14 @@ class UpperLayers:
         model: the whole model; its modules are shared, nothing is copied.
         path: dotted path of the module whose output at the last prompt token will be changed.
 
+    Attributes:
+        module_ends_layer: whether the module's output is the last thing that its layer adds, so that the layer itself
+            need not run again.
+        longest: tokens of the longest edit that may be prepared together with others; `math.inf` for most models.
+
     Raises:
-        NotSupportedError: the module is in no numbered layer, the model is not laid out as `decoder.layers` with a
-            head, or a check on a short sequence shows that running its upper layers alone gives other logits.
+        NotSupportedError: the module is in no numbered layer, the layers cannot run on cached keys and values, or a
+            check on short rows shows that they give other logits or losses than the whole model.
     """
 
     def __init__(self, model: PreTrainedModel, path: str) -> None:
@@ -130,20 +158,22 @@ class UpperLayers:
             raise NotSupportedError(f"{path} is in no numbered layer")
         self._model = model
         self._module = model.get_submodule(path)
-        try:
-            self._decoder: Any = model.get_decoder()
-            self._head: Any = model.get_output_embeddings()
-            self._layers: nn.ModuleList = self._decoder.layers
-            self._n_layers = len(self._layers)
-            self._head.weight  # noqa: B018 - asks whether there is one
-        except AttributeError as error:
-            raise NotSupportedError(f"{type(model).__name__} has no decoder.layers with a head") from error
-        self._layer = layer
-        # Where the module's output is the last thing that its layer adds, the layer itself need not run again.
-        self.module_ends_layer = self._module_ends_layer()
-        self._first = layer + 1 if self.module_ends_layer else layer
-        self._upper = self._upper_decoder()
-        self._check()
+        # The decoder holds the list of layers; below the head it is the base, or lies in it (OPT, models that see).
+        list_path = f"{path}.".partition(f".{layer}.")[0]
+        decoder_path, _, self._list_name = list_path.rpartition(".")
+        self._base, *self._inner = decoder_path.split(".")
+        self._decoder: Any = model.get_submodule(decoder_path)
+        self._layers: Any = model.get_submodule(list_path)
+        self._layer, self._n_layers = layer, n_decoder_layers(model)
+        if not takes(self._decoder, "cache"):
+            raise NotSupportedError(f"{type(self._decoder).__name__} keeps no cache of keys and values")
+        if any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in DynamicCache(config=model.config).layers):
+            raise NotSupportedError(f"{type(self._decoder).__name__} has layers that keep a running state")
+        self.longest = _even_positions(model)
+        with refusing(self._decoder):
+            self.module_ends_layer = self._module_ends_layer()
+            self._first = layer + 1 if self.module_ends_layer else layer
+            self._check()
 
     @property
     def device(self) -> torch.device:
@@ -158,7 +188,7 @@ class UpperLayers:
         """A generous guess of the memory of one edit in training: states, activations of a step, logits."""
         config = self._model.config.get_text_config()
         per_token = 40 * config.hidden_size * (1 + self._n_layers - self._first) + 12 * config.vocab_size
-        return int(_TOKENS_GUESS * per_token * self._head.weight.element_size() // 2)
+        return int(_TOKENS_GUESS * per_token * self._model.dtype.itemsize // 2)
 
     @torch.no_grad()
     def prepare(self, edits: Sequence[EncodedEdit]) -> UpperStates:
@@ -181,12 +211,10 @@ class UpperLayers:
         ids, mask, targets = ids.to(device), mask.to(device), targets.to(device)
         positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
         cache = _cache([_Recorder(keep=i >= self._first) for i in range(self._n_layers)])
-        with outputs_of({"": self._module}) as module_out, inputs_of({"": self._boundary()}) as entering:
-            self._decoder(
-                input_ids=ids, attention_mask=mask.long(), position_ids=positions, cache=cache, use_cache=True
-            )
+        with outputs_of({"": self._module}) as module_out, self._entering() as entering:
+            self._decoder(input_ids=ids, cache=cache, use_cache=True, **self._arguments(mask, positions))
         prefix = [(layer.keys[:, :, :past], layer.values[:, :, :past]) for layer in cache.layers[self._first :]]
-        hidden, output = entering[""][:, past:], module_out[""][:, past]
+        hidden, output = entering[""][:, past:], as_sequences(module_out[""], ids.shape)[:, past]
         return UpperStates(hidden, prefix, mask[:, :past], positions[:, past:], targets, output)
 
     def losses(self, states: UpperStates, added: Tensor) -> Tensor:
@@ -212,80 +240,105 @@ class UpperLayers:
             added: float32 `(B, d)`, what is added to the module's output at the last prompt token.
             positions: bool `(B, Y)`, true at the `N` of them; or their rows and columns, int64 `(N,)` each.
         """
-        logits: Tensor = self._head(self._run(states, added)[positions])
-        return logits.float()
+        return self._logits(self._run(states, added)[positions]).float()
 
     def _run(self, states: UpperStates, added: Tensor) -> Tensor:
         """Final hidden states `(B, Y, d)`."""
         mask = torch.cat([states.prefix_mask, states.targets != _NO_TARGET], dim=1)
-        below = [_Prefix(None, states.prefix_mask.shape[1]) for _ in range(self._first)]
-        cache = _cache([*below, *(_Prefix(pair, states.prefix_mask.shape[1]) for pair in states.prefix)])
-        arguments = {
-            "attention_mask": mask.long(),
-            "position_ids": states.position_ids,
-            "cache": cache,
-            "use_cache": True,
-        }
+        past = states.prefix_mask.shape[1]
+        cache = _cache([_Prefix(pair, past) for pair in [*[None] * self._first, *states.prefix]])
+        arguments = {"cache": cache, "use_cache": True, **self._arguments(mask, states.position_ids)}
         if self.module_ends_layer:
-            return _hidden_of(self._upper(inputs_embeds=_with_first(states.hidden, added), **arguments))
-        with patched_output(self._module, lambda output: _with_first(output, added)):
-            return _hidden_of(self._upper(inputs_embeds=states.hidden, **arguments))
+            return self._decoded(_with_first(states.hidden, added), **arguments)
+        shape = states.hidden.shape[:2]
+        with patched_output(
+            self._module, lambda output: _with_first(as_sequences(output, shape), added).view_as(output)
+        ):
+            return self._decoded(states.hidden, **arguments)
 
-    def _boundary(self) -> nn.Module:
-        """The module whose input enters the upper layers: the first of them, or the norm behind the last layer."""
-        if self._first < self._n_layers:
-            return self._layers[self._first]
-        norm: nn.Module | None = getattr(self._decoder, "norm", None)
-        if norm is None:
-            raise NotSupportedError(f"{type(self._decoder).__name__} has no norm behind its last layer")
-        return norm
+    # --- The model's own code with stubs in the place of parts ----------------------------------------------
 
-    def _upper_decoder(self) -> Any:
-        """The decoder with its lower layers left out; every module is shared."""
-        upper = copy.copy(self._decoder)
-        upper._modules = {**self._decoder._modules, "layers": nn.ModuleList(self._layers[self._first :])}
-        upper.config = copy.deepcopy(self._decoder.config)
-        upper.config.num_hidden_layers = self._n_layers - self._first
-        if getattr(upper.config, "layer_types", None):
-            upper.config.layer_types = upper.config.layer_types[self._first :]
-        for name in ("forward", "_hf_hook", "_old_forward"):  # accelerate's, bound to the whole decoder
-            upper.__dict__.pop(name, None)
-        return upper
+    def _decoded(self, entering: Tensor, **arguments: Any) -> Tensor:
+        """Final hidden states `(B, T, d)` of the decoder whose upper layers are entered by `(B, T, d)`."""
+        return _hidden_of(self._entered(self._first, entering)(inputs_embeds=entering, **arguments))
+
+    def _entered(self, first: int, entering: Tensor) -> Any:
+        """The decoder, entered at layer `first` by `(B, T, d)`: whatever comes from below, its embeddings too, is lost.
+
+        The layers below hand up these states; the lowest layer has none below, and takes them itself.
+        """
+        lowest: nn.Module = self._layers[0]
+        below = _Stub(lambda *_, **__: (entering,) if self._in_tuples else entering)
+        enter = _Stub(lambda hidden_states, *args, **kwargs: lowest(entering, *args, **kwargs))
+        layers = copy.copy(self._layers)
+        layers._modules = {**self._layers._modules, **({str(i): below for i in range(first)} or {"0": enter})}
+        return _with_part(self._decoder, self._list_name, layers)
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """What the model makes of final hidden states `(N, d)`: logits `(N, V)`."""
+        decoded = self._output_class(last_hidden_state=hidden[None])
+        stub = _Stub(lambda *_, **__: decoded)
+        for name in self._inner:
+            stub.add_module(name, stub)  # some heads call the base, others the decoder in it
+        model = _with_part(self._model, self._base, stub)
+        unread = torch.zeros(hidden.shape[:1], dtype=torch.long, device=hidden.device)[None]
+        # Not called but forwarded: hooks on the model, an editor's too, are for passes through all of it.
+        logits: Tensor = model.forward(input_ids=unread, use_cache=False).logits[0]
+        return logits
+
+    def _arguments(self, mask: Tensor, positions: Tensor) -> dict[str, Tensor]:
+        """Mask and positions as the decoder takes them."""
+        placed = {"position_ids": positions} if takes(self._decoder, "position_ids") else {}
+        return {"attention_mask": mask.long(), **placed}
+
+    def _entering(self) -> AbstractContextManager[dict[str, Tensor]]:
+        """Within the block, what enters the upper layers."""
+        watch = outputs_of if self.module_ends_layer else inputs_of
+        return watch({"": self._layers[self._layer]})
+
+    # --- Whether that is what the model says -----------------------------------------------------------------
 
     @torch.no_grad()
     def _module_ends_layer(self) -> bool:
         """Whether a change of the module's output is the same change of its layer's output."""
         ids = torch.arange(1, 5, device=self._model.device)[None] % self._model.config.get_text_config().vocab_size
         watched = {"module": self._module, "layer": self._layers[self._layer]}
-        with outputs_of(watched) as before:
-            self._decoder(input_ids=ids, use_cache=False)
-        output = before["module"]
+        kinds: list[bool] = []
+        watch_kind = watched["layer"].register_forward_hook(lambda *call: kinds.append(isinstance(call[-1], tuple)))
+        with watch_kind, outputs_of(watched) as before:
+            self._output_class = type(self._model.get_submodule(self._base)(input_ids=ids, use_cache=False))
+        self._in_tuples = kinds[0]
+        output = as_sequences(before["module"], ids.shape)
         change = torch.linspace(-1, 1, output.shape[-1], device=output.device) * output.std()
-        with patched_output(self._module, lambda out: _with_first(out, change[None])), outputs_of(watched) as after:
+        with _added_at(self._module, 0, change), outputs_of(watched) as after:
             self._decoder(input_ids=ids, use_cache=False)
         difference = (after["layer"] - before["layer"])[:, 0].float()
         return bool(_close(difference, change.float()[None].to(difference.device), output.dtype))
 
     @torch.no_grad()
     def _check(self) -> None:
+        """Compare logits and losses of two padded rows, changed at the module, with those of the whole model."""
         vocabulary = self._model.config.get_text_config().vocab_size
         ids = tuple(token % vocabulary for token in range(1, 9))
         edits = [EncodedEdit(ids[:5], ids[5:]), EncodedEdit(ids[:2], ids[2:4])]
-        try:
-            states = self.prepare(edits)
-            ours = self._head(self._run(states, torch.zeros_like(states.module_output)))
-        except (TypeError, AttributeError, RuntimeError, ValueError) as error:
-            if is_out_of_memory(error):
-                raise
-            raise NotSupportedError(f"{type(self._decoder).__name__}: {error}") from error
-        for row, edit in enumerate(edits):
-            tokens = torch.tensor([edit.ids[:-1]], device=self._model.device)
-            whole = self._head(_hidden_of(self._decoder(input_ids=tokens, use_cache=False)))
-            n = len(edit.target)
-            if not _close(ours[row, :n], whole[0, -n:], whole.dtype):
-                raise NotSupportedError(
-                    f"{type(self._decoder).__name__} gives other logits from its upper layers alone"
-                )
+        states = self.prepare(edits)
+        output = states.module_output.float()
+        added = torch.linspace(-1, 1, output.shape[1], device=output.device) * output.std(dim=1, keepdim=True)
+        losses, logits = self.losses(states, added), self.logits(states, added, states.places())
+        parts = torch.split(logits, [len(edit.target) for edit in edits])
+        for edit, change, loss, part in zip(edits, added, losses, parts, strict=True):
+            whole = self._whole_logits(edit, change)
+            expected = F.cross_entropy(whole.float(), torch.tensor(edit.target, device=whole.device))
+            ours, theirs = torch.cat([part.flatten(), loss[None]]), torch.cat([whole.float().flatten(), expected[None]])
+            if not _close(ours.cpu(), theirs.cpu(), whole.dtype):
+                raise NotSupportedError(f"{type(self._decoder).__name__} says other things by its upper layers alone")
+
+    def _whole_logits(self, edit: EncodedEdit, change: Tensor) -> Tensor:
+        """The model's own logits `(Y, V)` for a target, with `change` `(d,)` at the last prompt token."""
+        tokens = torch.tensor([edit.ids[:-1]], device=self._model.device)
+        with _added_at(self._module, len(edit.prompt) - 1, change):
+            logits: Tensor = self._model.forward(input_ids=tokens, use_cache=False).logits[0, -len(edit.target) :]
+        return logits
 
 
 LayersT = TypeVar("LayersT", bound=UpperLayers)
@@ -307,15 +360,25 @@ class FastPath(Generic[LayersT]):
         self._tried = not wanted
         self._reason: str | None = None
 
-    def layers(self) -> LayersT | None:
-        """The layers, or None: the whole model must run."""
+    def layers(self, longest: int = 0) -> LayersT | None:
+        """The layers, or None: the whole model must run.
+
+        Args:
+            longest: tokens of the longest edit at hand.
+        """
         if not self._tried:
             self._tried = True
             try:
                 self._layers = self._make()
             except NotSupportedError as reason:
                 self.give_up(str(reason))
-        return self._layers
+        if self._layers is None or longest <= self._layers.longest:
+            return self._layers
+        self._reason = (
+            f"an edit of {longest} tokens is past the {self._layers.longest} up to which a row leaves the rotary "
+            f"embeddings of its batch alone"
+        )
+        return None
 
     def give_up(self, reason: str) -> None:
         """Take the plain path from now on, and say why."""
@@ -384,6 +447,52 @@ class _Prefix(CacheLayerMixin):
 
 def _cache(layers: list[Any]) -> Any:
     return Cache(layers=layers)
+
+
+class _Stub(nn.Module):
+    """In the place of a part of a model: gives what `answer` makes of a call."""
+
+    def __init__(self, answer: Callable[..., Any]) -> None:
+        super().__init__()
+        self._answer = answer
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._answer(*args, **kwargs)
+
+
+def _with_part(whole: nn.Module, path: str, part: nn.Module) -> Any:
+    """A shallow copy of a module with another part at `path`; all else is shared."""
+    name, _, rest = path.partition(".")
+    twin = copy.copy(whole)
+    twin._modules = {**whole._modules, name: _with_part(whole.get_submodule(name), rest, part) if rest else part}
+    for bound in ("forward", "_hf_hook", "_old_forward"):  # accelerate's, bound to the original
+        twin.__dict__.pop(bound, None)
+    return twin
+
+
+def _even_positions(model: PreTrainedModel) -> float:
+    """Tokens up to which a position's rotary embedding does not depend on the longest row of the batch."""
+    config: Any = model.config.get_text_config()
+    rotary = getattr(config, "rope_parameters", None) or {}
+    limits = [
+        kind.get("original_max_position_embeddings") or config.max_position_embeddings
+        for kind in (rotary, *rotary.values())
+        if isinstance(kind, Mapping) and kind.get("rope_type") in ("dynamic", "longrope")
+    ]
+    return min(limits, default=math.inf)
+
+
+@contextmanager
+def _added_at(module: nn.Module, token: int, change: Tensor) -> Iterator[None]:
+    """Within the block a module's output for one sequence has `change` `(d,)` added at a token, in float32."""
+
+    def add(output: Tensor) -> Tensor:
+        rows = output.reshape(-1, output.shape[-1])
+        changed = (rows[token].float() + change.to(rows.device)).to(rows.dtype)
+        return torch.cat([rows[:token], changed[None], rows[token + 1 :]]).view_as(output)
+
+    with patched_output(module, add):
+        yield
 
 
 def _with_first(states: Tensor, added: Tensor) -> Tensor:

@@ -9,13 +9,20 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from horen_bench.editors.codebook.adaptors import Adaptor, LoraAdaptor, VectorAdaptor
 from horen_bench.editors.codebook.config import EarlyStopping
 from horen_bench.editors.codebook.parallel import _fitting_batch, _ValueRows, train_values
-from horen_bench.editors.codebook.training import Schedule, TrainedValue, ValueJob, train_value
+from horen_bench.editors.codebook.training import (
+    Schedule,
+    TrainedValue,
+    ValueJob,
+    train_on_whole_model,
+    train_value,
+)
 from horen_bench.models.partial import UpperLayers
+from horen_bench.models.prompt_hook import PromptHook
 from horen_bench.prompts import EncodedEdit
 
 _RELEASE: EarlyStopping | None = None
@@ -85,6 +92,67 @@ def test_every_value_is_trained_as_if_alone(
         assert trained.loss == pytest.approx(alone.loss, rel=1e-3)
         for name, tensor in alone.value.items():
             torch.testing.assert_close(trained.value[name], tensor, rtol=1e-3, atol=1e-3 * tensor.abs().max().item())
+
+
+_LIKE_LLAMA: dict[str, Any] = {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+}
+_LIKE_GPT: dict[str, Any] = {"vocab_size": 61, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 32}
+_DOWN = "model.layers.1.mlp.down_proj"
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes", "module"),
+    [
+        pytest.param("granite", {**_LIKE_LLAMA, "logits_scaling": 8.0}, _DOWN, id="logits divided"),
+        pytest.param("cohere", {**_LIKE_LLAMA, "logit_scale": 0.0625}, _DOWN, id="logits multiplied"),
+        pytest.param("gemma2", {**_LIKE_LLAMA, "final_logit_softcapping": 1.0}, _DOWN, id="logits capped"),
+        pytest.param("gptj", {**_LIKE_GPT, "rotary_dim": 4}, "transformer.h.1.mlp.fc_out", id="gptj"),
+        pytest.param(
+            "gpt_neo",
+            {
+                "vocab_size": 61,
+                "hidden_size": 32,
+                "num_layers": 2,
+                "num_heads": 4,
+                "attention_types": [[["global", "local"], 1]],
+                "window_size": 4,
+            },
+            "transformer.h.0.mlp.c_proj",
+            id="positions learned",
+        ),
+        pytest.param(
+            "bloom",
+            {"vocab_size": 61, "hidden_size": 32, "n_layer": 3, "n_head": 4},
+            "transformer.h.1.mlp.dense_4h_to_h",
+            id="no positions",
+        ),
+    ],
+)
+def test_values_are_those_that_the_whole_model_trains(kind: str, sizes: dict[str, Any], module: str) -> None:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, **sizes, initializer_range=0.2)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval().requires_grad_(False)
+    adaptor, schedule = VectorAdaptor(32, 0.1), Schedule(0.1, 20, None)
+
+    def write(outputs: Tensor, prompts: Tensor, value: dict[str, Tensor], _rows: Tensor) -> Tensor:
+        last = int(prompts.sum()) - 1
+        return outputs.index_add(1, torch.tensor([last]), adaptor.added(value, outputs[:, last])[:, None])
+
+    jobs = _jobs(6, adaptor)
+    together = _together(jobs, UpperLayers(model, module), adaptor, schedule, 8)
+    hook = PromptHook(model, model.get_submodule(module), lambda *_: None)
+    for job, trained in zip(jobs, together, strict=True):
+        alone = train_on_whole_model(job, model, hook, write, schedule)
+        assert alone.losses[-1] < alone.losses[0] - 0.02
+        assert trained.losses == pytest.approx(alone.losses, rel=1e-3)
+        torch.testing.assert_close(trained.value["vector"], alone.value["vector"], rtol=1e-3, atol=1e-3)
 
 
 def test_no_steps_leave_the_values_where_they_were(upper: UpperLayers) -> None:
