@@ -1,9 +1,11 @@
-from typing import Any, cast
+from datetime import datetime, tzinfo
+from typing import Any, Self, cast
 
 import pytest
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import chat_template_utils
 
 from horen_bench.errors import UserError
 from horen_bench.prompts import (
@@ -217,6 +219,8 @@ def test_a_chat_prompt_is_one_turn_of_the_template_with_one_bos(chat: PromptEnco
     (ids,) = chat.prompts([PROMPT])
     assert chat.tokenizer.decode(ids) == f"{chat.tokenizer.bos_token}[user]{PROMPT}[assistant]"
     assert ids.count(int(cast(Any, chat.tokenizer.bos_token_id))) == 1
+    message = [{"role": "user", "content": PROMPT}]
+    assert chat.tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=False) == ids
 
 
 def test_a_chat_target_follows_without_a_space_and_ends_with_eos(chat: PromptEncoder) -> None:
@@ -243,6 +247,34 @@ def test_only_an_encoder_of_the_template_chats(
     PromptEncoder(golden_tokenizer, "model")
     assert PromptEncoder(golden_tokenizer).edit(PROMPT, TARGET) == plain
     assert PromptEncoder(golden_tokenizer).edit(PROMPT, TARGET, closed=False) == plain
+
+
+class _AnotherDay(datetime):
+    """A clock that stands elsewhere."""
+
+    @classmethod
+    def now(cls, tz: tzinfo | None = None) -> Self:
+        return cls(1999, 12, 31, 23, 59, tzinfo=tz)
+
+
+def test_a_template_that_reads_the_clock_is_told_the_configured_date_on_every_day(
+    golden_tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    golden_tokenizer.chat_template = "Today: {{ strftime_now('%A %d %B %Y %b %H:%M %p 100%%') }}\n" + TEMPLATE
+    chat = PromptEncoder(golden_tokenizer, "model", "2026-03-08")
+    today = chat.prompts([PROMPT])
+    assert "Today: Sunday 08 March 2026 Mar 00:00 AM 100%\n" in str(golden_tokenizer.decode(today[0]))
+    monkeypatch.setattr(chat_template_utils, "datetime", _AnotherDay)
+    message = [{"role": "user", "content": PROMPT}]
+    assert "Friday 31 December 1999" in str(golden_tokenizer.apply_chat_template(message, tokenize=False))
+    assert PromptEncoder(golden_tokenizer, "model", "2026-03-08").prompts([PROMPT]) == today
+    assert PromptEncoder(golden_tokenizer, "model", "2026-03-09").prompts([PROMPT]) != today
+
+
+def test_a_chat_target_that_holds_a_special_token_is_written_out(chat: PromptEncoder) -> None:
+    edit = chat.edit(PROMPT, "yes <|endoftext|> no", closed=False)
+    assert list(edit.prompt) == chat.prompts([PROMPT])[0]
+    assert chat.tokenizer.decode(list(edit.target), skip_special_tokens=True) == "yes <|endoftext|> no"
 
 
 def test_a_tokenizer_without_a_template_is_refused(golden_tokenizer: PreTrainedTokenizerBase) -> None:

@@ -11,6 +11,7 @@ from horen_bench.cases import Probe
 from horen_bench.datasets.records import Record, clean, read_records
 
 NAN = float("nan")
+SEPARATORS = ["\u2028", "\u2029", "\x85"]  # line ends to Unicode, plain characters to JSON
 
 Refusal = Callable[[Callable[[], object]], str]
 
@@ -32,9 +33,17 @@ def test_a_jsonl_file_is_read_line_by_line_without_blank_lines(tmp_path: Path) -
     assert read_records(path, "") == [{"a": 1}, {"b": "x\u2028y"}]
 
 
-def test_a_byte_order_mark_is_no_damage(tmp_path: Path) -> None:
-    path = tmp_path / "records.json"
-    path.write_bytes(b'\xef\xbb\xbf[{"a": "\xc3\xa9"}]')
+@pytest.mark.parametrize("separator", SEPARATORS)
+def test_only_a_line_break_ends_a_record(separator: str, tmp_path: Path) -> None:
+    path = tmp_path / "records.jsonl"
+    path.write_bytes(f'{{"a": "x{separator}y"}}\n{{"a": "z"}}'.encode())
+    assert read_records(path, "") == [{"a": f"x{separator}y"}, {"a": "z"}]
+
+
+@pytest.mark.parametrize(("name", "text"), [("records.json", '[{"a": "é"}]'), ("records.jsonl", '{"a": "é"}')])
+def test_a_byte_order_mark_is_no_damage(name: str, text: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.write_text(text, encoding="utf-8-sig")
     assert read_records(path, "") == [{"a": "é"}]
 
 

@@ -456,6 +456,11 @@ def test_what_changes_the_numbers_makes_another_run(override: str) -> None:
     assert changed(override) != identity(CONFIG)
 
 
+def test_the_date_of_a_chat_makes_another_run() -> None:
+    dates = ("2026-01-01", "2026-07-01")
+    assert len({identity(run_config(["template=model", f"template_date={date}"])) for date in dates}) == 2
+
+
 class NewConfig(HorenConfig):
     """A method of somebody else under the name of ours."""
 
@@ -493,6 +498,7 @@ def test_another_class_or_a_new_setting_makes_another_run() -> None:
         "model.label=Small",
         "model.rome.module=not_of_this_method",
         "template=none",
+        "template_date=2026-07-01",
         "text.max_new_tokens=512",
         "text.minilm=elsewhere",
         "method.label=Other",

@@ -8,9 +8,10 @@ one by a YAML file and a class. Nothing here imports torch: a wrong value is ref
 import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
+from datetime import date
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, model_validator
 
 from horen_bench.cases import EditCase
 
@@ -28,6 +29,16 @@ Cosine = Annotated[float, Field(ge=-1, le=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Text = Annotated[str, Field(min_length=1)]
 ModulePath = Annotated[str, Field(pattern=r"^[^\s.]+(\.[^\s.]+)*$")]
+
+
+def _iso_date(value: str) -> str:
+    try:
+        return date.fromisoformat(value).isoformat()
+    except ValueError:
+        raise ValueError(f"must be a date such as 2026-01-01, got {value!r}") from None
+
+
+IsoDate = Annotated[str, AfterValidator(_iso_date)]
 
 
 class Section(BaseModel):
@@ -230,6 +241,8 @@ class RunConfig(Section):
     """How predictions are made and compared; several, as in [greedy,release], after the same edits."""
     template: Literal["none", "model"]
     """Bare prompts, or the tokenizer's chat template around every prompt, in editing and evaluation alike."""
+    template_date: IsoDate
+    """What a chat template takes for today where it asks for the date."""
     locality: Literal["all", "clean"]
     """`clean` leaves out locality probes that another edit of the stream touches."""
     eval_cases: Count | None

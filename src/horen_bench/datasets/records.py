@@ -4,6 +4,7 @@ import json
 import math
 import re
 import unicodedata
+from codecs import BOM_UTF8
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ _UNSEEN = re.compile(
 
 
 def read_records(path: Path, how_to_get: str) -> list[Any]:
-    """The records of a JSON list, or of a `.jsonl` file.
+    """The records of a JSON list, or of a `.jsonl` file, with or without a byte order mark.
 
     `NaN` as pandas writes it is read as a missing value.
 
@@ -37,7 +38,7 @@ def read_records(path: Path, how_to_get: str) -> list[Any]:
         UserError: no such file, an empty one, JSON that breaks off, or no list of records.
     """
     try:
-        content = path.read_bytes()
+        content = path.read_bytes().removeprefix(BOM_UTF8)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; {how_to_get}") from None
     except OSError as error:
@@ -45,7 +46,7 @@ def read_records(path: Path, how_to_get: str) -> list[Any]:
     if not content.strip():
         raise UserError(f"{path} is empty; {how_to_get}")
     if path.suffix == ".jsonl":
-        return [_parsed(line, path, i) for i, line in enumerate(content.splitlines()) if line.strip()]
+        return [_parsed(line, path, i) for i, line in enumerate(content.split(b"\n")) if line.strip()]
     records = _parsed(content, path, None)
     if not isinstance(records, list):
         raise UserError(f"{path}: a JSON list of records is needed, got {_kind(records)}")

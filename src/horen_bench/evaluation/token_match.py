@@ -2,29 +2,32 @@
 
 Protocols (one rule for every method in a table; paper E.3.1):
 
-- `greedy` (default, paper Eq. 10-11): decode `|y|` tokens greedily, pure argmax whatever the checkpoint's
-  `generation_config` says, cut at EOS; the decoded text, left-stripped and tokenised again, is compared with the
-  answer position by position. Locality compares the tokens that base and edited model decoded.
+- `greedy` (default, paper Eq. 10-11): decode greedily as many tokens as the answer has behind its prompt, `|y|`, pure
+  argmax whatever the checkpoint's `generation_config` says but for the tokens that end a text; the decoded text,
+  left-stripped and tokenised again, is compared position by position with the answer, treated alike. Locality compares
+  the tokens that base and edited model decoded.
 - `teacher_forced`: the answer stands behind the prompt; the argmax at its positions is compared with it.
 - `release`: what the published code does for the method at hand: `greedy` with a score of 0 on any length
   mismatch, locality over the last tokens of prompt plus output, and the checkpoint's `generation_config`, for
   HoReN and GRACE; `teacher_forced` for the rest.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from horen_bench.config.schema import Mode, TokenProtocol
 from horen_bench.errors import UserError
-from horen_bench.evaluation.decoding import greedy_decode
+from horen_bench.evaluation.decoding import greedy_decode, stop_ids
 from horen_bench.evaluation.evaluator import Evaluator, Prediction
 from horen_bench.evaluation.probes import CaseProbe
 from horen_bench.metrics.token_match import agreement, same_length_accuracy, token_accuracy
-from horen_bench.prompts import announced_prompt, pad
+from horen_bench.models.calls import run
+from horen_bench.models.padding import together
+from horen_bench.prompts import EncodedEdit, announced_prompt, pad
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,28 +106,37 @@ class TokenMatchEvaluator(Evaluator):
     def _target(self, probe: CaseProbe) -> tuple[int, ...]:
         """Ids that a prediction for the probe is scored against."""
         if probe.key not in self._targets:
-            if self.protocol.mode == "generate":
-                ids = tuple(self.encoder.plain([probe.answer])[0])
-            else:
+            if self.protocol.mode == "teacher_forced":
                 ids = self.encoder.edit(probe.prompt, probe.answer, closed=False).target
+            else:
+                answer = probe.answer if self.protocol.checkpoint_settings else probe.answer.lstrip()
+                ids = tuple(self.encoder.plain([answer])[0])
             self._targets[probe.key] = ids
         return self._targets[probe.key]
 
     def _generate(self, probes: Sequence[CaseProbe]) -> list[Prediction]:
-        """Decode as many tokens as each answer has behind its prompt, in one padded batch."""
-        prompts = self.encoder.prompts([probe.prompt for probe in probes])
-        lengths = [len(ids) for ids in self.encoder.continuations([probe.answer for probe in probes])]
+        """Decode as many tokens as each answer has behind its prompt, or, in the release, alone with a space."""
+        edits = self.encoder.edits([(probe.prompt, probe.answer) for probe in probes], closed=False)
+        prompts = [list(edit.prompt) for edit in edits]
         if self.protocol.checkpoint_settings:
-            new = [self._under_checkpoint_settings(p, n) for p, n in zip(prompts, lengths, strict=True)]
+            alone = self.encoder.plain([f" {probe.answer}" for probe in probes])
+            new = [self._under_checkpoint_settings(p, len(ids)) for p, ids in zip(prompts, alone, strict=True)]
         else:
-            new = greedy_decode(self.model, prompts, lengths, self.encoder.pad_id)
-            new = [_until(ids, self.encoder.tokenizer.eos_token_id) for ids in new]
-        texts = self.encoder.tokenizer.batch_decode(new, skip_special_tokens=True)
-        again = self.encoder.plain([text.lstrip() for text in texts])
+            lengths = [len(edit.target) for edit in edits]
+            stop = stop_ids(self.model, self.encoder)
+            new = [_until(ids, stop) for ids in greedy_decode(self.model, prompts, lengths, self.encoder.pad_id)]
+        again = self.encoder.plain([text.lstrip() for text in self._decoded(new)])
         return [
             Prediction(self._locality_ids(probe, prompt, ids), tuple(scored))
             for probe, prompt, ids, scored in zip(probes, prompts, new, again, strict=True)
         ]
+
+    def _decoded(self, rows: list[list[int]]) -> list[str]:
+        """The texts as they were said; the release tidies spaces where the tokenizer's settings say so."""
+        tidy = None if self.protocol.checkpoint_settings else False
+        return list(
+            self.encoder.tokenizer.batch_decode(rows, skip_special_tokens=True, clean_up_tokenization_spaces=tidy)
+        )
 
     def _locality_ids(self, probe: CaseProbe, prompt: list[int], new: list[int]) -> tuple[int, ...]:
         if self.protocol.locality_window == "generated":
@@ -150,20 +162,24 @@ class TokenMatchEvaluator(Evaluator):
 
     def _force(self, probes: Sequence[CaseProbe]) -> list[Prediction]:
         """The argmax at each position of the answer, with the answer behind the prompt."""
-        edits = [self.encoder.edit(probe.prompt, probe.answer, closed=False) for probe in probes]
+        edits = self.encoder.edits([(probe.prompt, probe.answer) for probe in probes], closed=False)
+        rows: dict[int, tuple[int, ...]] = {}
+        for batch in together(self.model, [len(edit.ids) for edit in edits]):
+            rows |= zip(batch, self._forced([edits[i] for i in batch]), strict=True)
+        return [Prediction(rows[i], rows[i]) for i in range(len(edits))]
+
+    def _forced(self, edits: Sequence[EncodedEdit]) -> list[tuple[int, ...]]:
+        """The argmax at the targets' positions, in one padded batch."""
         device = self.model.device
         batch = pad([edit.ids for edit in edits], self.encoder.pad_id, device=device)
         n_target = torch.tensor([len(edit.target) for edit in edits], device=device)
         from_end = batch.input_ids.shape[1] - torch.arange(batch.input_ids.shape[1], device=device)
         is_prompt = batch.attention_mask.bool() & (from_end[None] > n_target[:, None])
         with announced_prompt(is_prompt):
-            logits = self.model(
-                batch.input_ids, batch.attention_mask, position_ids=batch.position_ids, use_cache=False
-            ).logits
+            logits = run(self.model, batch).logits
         predicted = logits.argmax(dim=-1).tolist()
-        rows = [tuple(row[-1 - len(edit.target) : -1]) for row, edit in zip(predicted, edits, strict=True)]
-        return [Prediction(row, row) for row in rows]
+        return [tuple(row[-1 - len(edit.target) : -1]) for row, edit in zip(predicted, edits, strict=True)]
 
 
-def _until(ids: list[int], stop: Any) -> list[int]:
-    return ids[: ids.index(stop)] if stop in ids else ids
+def _until(ids: list[int], stop: Collection[int]) -> list[int]:
+    return ids[: next((i for i, token in enumerate(ids) if token in stop), len(ids))]

@@ -15,7 +15,7 @@ from horen_bench.models.memory import out_of_memory_in
 from horen_bench.models.pretrained import pretrained, refuse_non_finite, whole_model
 from horen_bench.models.weights import check_settings, model_source, weights_fingerprint
 from horen_bench.progress import quiet_transformers
-from horen_bench.prompts import PromptEncoder, Template
+from horen_bench.prompts import TEMPLATE_DATE, PromptEncoder, Template
 
 _LESS_MEMORY = (
     "write model.dtype=bfloat16, spread the model over all GPUs with model.device_map=auto, choose another device=, or "
@@ -51,6 +51,7 @@ def load_model(
     device_map: str | None = None,
     revision: str | None = None,
     template: Template = "none",
+    template_date: str = TEMPLATE_DATE,
 ) -> LoadedModel:
     """Load a model from safetensors; code from the hub is never run.
 
@@ -61,6 +62,7 @@ def load_model(
         device_map: `auto` spreads the layers over several GPUs (accelerate).
         revision: branch, tag or commit on the hub.
         template: of prompts; a missing one is refused before weights are read.
+        template_date: what a chat template takes for today, ISO 8601.
 
     Raises:
         UserError: no such dtype, device or template; the files are missing, gated, damaged, not safetensors or not
@@ -68,7 +70,7 @@ def load_model(
     """
     source = model_source(hub_id)
     weights_dtype, place = _dtype(dtype), None if device_map else _device(device)
-    encoder = PromptEncoder(load_tokenizer(hub_id, revision), template)
+    encoder = PromptEncoder(load_tokenizer(hub_id, revision), template, template_date)
     with _in_words(hub_id), quiet_transformers():
         model = whole_model(AutoModelForCausalLM, source, dtype=weights_dtype, device_map=device_map, revision=revision)
         if place is not None:

@@ -46,6 +46,7 @@ def bare_editor(config: RunConfig) -> Iterator[Codebooks]:
         device_map=model.device_map,
         revision=model.revision,
         template=config.template,
+        template_date=config.template_date,
     )
     editor: Codebooks = editor_class(loaded.model, loaded.encoder, config.method, seed=config.seed)
     yield editor

@@ -63,7 +63,7 @@ def identity(config: RunConfig) -> str:
 
     Two processes that agree on it go on with one run; n, protocol, paths, device and the like may differ.
     """
-    lasting = {
+    lasting: dict[str, Any] = {
         "model": config.model.model_dump(include=_LASTING_OF_MODEL),
         "method": _lasting(config.method),
         "dataset": _lasting(config.dataset),
@@ -73,6 +73,8 @@ def identity(config: RunConfig) -> str:
         "template": config.template,
         "text.max_new_tokens": config.text.max_new_tokens,
     }
+    if config.template == "model":  # bare prompts know no date
+        lasting["template_date"] = config.template_date
     return hashlib.sha256(json.dumps(lasting, sort_keys=True).encode()).hexdigest()[:10]
 
 

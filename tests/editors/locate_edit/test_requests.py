@@ -17,6 +17,10 @@ from horen_bench.prompts import PromptEncoder
         ("Who founded Brightwater?", None, "Vey", "no subject"),
         ("Who founded Brightwater?", "Oldmere", "Vey", "does not occur"),
         ("Is Oldmere near Oldmere?", "Oldmere", "yes", "occurs 2 times"),
+        ("Who founded Brightwaters?", "Brightwater", "Vey", "only inside another"),
+        ("Who landed with Apollo 11?", "Apollo 1", "Vey", "only inside another"),
+        ("यह रामा कौन है", "राम", "Vey", "only inside another"),
+        ("Who founded Brightwater?", " ", "Vey", "no subject"),
         ("Who founded Brightwater?", "Brightwater", " ", "no token"),
     ],
 )
@@ -25,6 +29,26 @@ def test_what_cannot_be_written_is_refused(
 ) -> None:
     with pytest.raises(Refused, match=sentence):
         request_of(PromptEncoder(golden_tokenizer), EditCase("x", prompt, target, subject))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "subject", "before"),
+    [
+        ("Is Ann in Annapolis?", "Ann", "Is "),
+        ("Is Zinter the ruler of Zint?", "Zint", "Is Zinter the ruler of "),
+        ("Where was Ann's mother born?", "Ann", "Where was "),
+        ('Who wrote "Ann": the novel?', '"Ann":', "Who wrote "),
+        ("The founder of Vey Inc., is", "Vey Inc.", "The founder of "),
+        ("在東京的大學是", "東京", "在"),
+        ("서울의 인구는", "서울", ""),
+        ("เมืองหลวงของไทยคือ", "ไทย", "เมืองหลวงของ"),
+    ],
+)
+def test_a_subject_is_a_word_of_its_own_where_words_have_borders(
+    golden_tokenizer: Any, prompt: str, subject: str, before: str
+) -> None:
+    request = request_of(PromptEncoder(golden_tokenizer), EditCase("x", prompt, "Vey", subject))
+    assert (request.before, request.before + request.subject + request.after) == (before, prompt)
 
 
 def test_braces_are_plain_text(golden_tokenizer: Any) -> None:

@@ -53,6 +53,16 @@ def test_numbers_of_two_bytes_have_a_key(golden_model: Any) -> None:
     assert model_fingerprint(golden_model.bfloat16()) != model_fingerprint(golden_model.float())
 
 
+def test_a_folder_of_texts_counts_by_content(golden_model: Any, golden_tokenizer: Any, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "part.jsonl").write_text('{"text": "The old tower stood."}')
+    first = key(golden_model, golden_tokenizer, str(tmp_path / "a"))
+    assert key(golden_model, golden_tokenizer, str(tmp_path / "b")) == first
+    (tmp_path / "a" / "part.jsonl").write_text('{"text": "The new tower stood."}')
+    assert key(golden_model, golden_tokenizer, str(tmp_path / "a")) != first
+
+
 def test_a_corpus_counts_by_content(golden_model: Any, golden_tokenizer: Any, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("The old tower stood.")
     (tmp_path / "b.txt").write_text("The old tower stood.")

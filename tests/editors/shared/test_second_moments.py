@@ -176,6 +176,20 @@ def test_a_corpus_without_text_is_refused(tmp_path: Path, text: str | None, sent
         read_corpus(str(path), 5)
 
 
+@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_only_a_line_break_ends_a_text_and_a_byte_order_mark_is_none_of_it(
+    tmp_path: Path, separator: str, encoding: str
+) -> None:
+    texts = [f"first{separator}line", "second line"]
+    (tmp_path / "a.txt").write_text("\n".join(texts), encoding)
+    (tmp_path / "a.json").write_text(json.dumps(texts), encoding)
+    lines = (json.dumps({"text": text}, ensure_ascii=False) for text in texts)
+    (tmp_path / "a.jsonl").write_text("\n".join(lines), encoding)
+    for name in ("a.txt", "a.json", "a.jsonl"):
+        assert sorted(read_corpus(str(tmp_path / name), 5)) == texts
+
+
 def test_formats_of_a_corpus_agree_and_the_sample_is_fixed(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("\n".join(TEXTS))
     (tmp_path / "a.json").write_text(json.dumps(TEXTS))

@@ -65,13 +65,24 @@ def text_of(row: Any, where: str) -> str:
     return text
 
 
+def lines_of(path: Path) -> list[str]:
+    """The lines of a UTF-8 file that hold something, with or without a byte order mark.
+
+    Only a line break ends a line: texts, and JSON, may hold other characters that Unicode counts as one (U+2028).
+
+    Raises:
+        OSError: the file cannot be read.
+        UnicodeDecodeError: it is not UTF-8.
+    """
+    return [line for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
+
+
 def _read_file(path: Path, named: str) -> Sequence[Any]:
     try:
-        text = path.read_text(encoding="utf-8")
         if path.suffix == ".json":
-            rows: list[Any] = json.loads(text)
+            rows: list[Any] = json.loads(path.read_text(encoding="utf-8-sig"))
             return rows
-        lines = [line for line in text.splitlines() if line.strip()]
+        lines = lines_of(path)
         return [json.loads(line) for line in lines] if path.suffix == ".jsonl" else lines
     except (OSError, ValueError) as error:
         raise UserError(f"{named} cannot be read ({error})") from error

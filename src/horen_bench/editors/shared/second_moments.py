@@ -28,9 +28,10 @@ from transformers import PreTrainedModel
 from horen_bench.editors.shared.config import StatisticsConfig
 from horen_bench.editors.shared.corpora import read_corpus
 from horen_bench.errors import UserError
-from horen_bench.models.architecture import decoder_layer_index
+from horen_bench.models.architecture import decoder_layer_index, linear_sizes
+from horen_bench.models.calls import run
 from horen_bench.models.file_hashes import sha256_of
-from horen_bench.models.hooks import ending_at, inputs_of
+from horen_bench.models.hooks import as_sequences, ending_at, inputs_of
 from horen_bench.models.surgery import all_finite
 from horen_bench.models.weights import EMBEDDED
 from horen_bench.paths import resource
@@ -194,14 +195,15 @@ def _attended(
 ) -> dict[str, Tensor]:
     """Inputs `(N, m)` of each module at the batch's real tokens."""
     with inputs_of(modules) as inputs, ending_at(highest):
-        model(batch.input_ids, batch.attention_mask, position_ids=batch.position_ids, use_cache=False)
-    return {path: x[batch.attention_mask.bool().to(x.device)] for path, x in inputs.items()}
+        run(model, batch)
+    mask = batch.attention_mask.bool()
+    return {path: as_sequences(x, mask.shape)[mask.to(x.device)] for path, x in inputs.items()}
 
 
 def _batches(encoder: PromptEncoder, texts: Sequence[str], max_length: int) -> Iterator[list[list[int]]]:
     """Token rows, longest first, cut so that a padded batch stays below a fixed size."""
-    encoded = encoder.tokenizer(list(texts), truncation=True, max_length=max_length)
-    rows: list[list[int]] = sorted((row for row in encoded["input_ids"] if row), key=len, reverse=True)
+    cut = (row[:max_length] for row in encoder.texts(texts))
+    rows: list[list[int]] = sorted((row for row in cut if row), key=len, reverse=True)
     while rows:
         n_rows = max(1, _BATCH_TOKENS // len(rows[0]))
         yield rows[:n_rows]
@@ -267,10 +269,14 @@ def _tokenizer_hash(encoder: PromptEncoder) -> str:
 
 
 def _corpus_hash(source: str) -> str:
-    """Over the content of a file, whose ending says how it is read; a corpus of the hub is known by its name."""
+    """Over the content of a file, whose ending says how it is read, or of a folder; of the hub, the corpus's name."""
     local = resource("data") / source.removeprefix(EMBEDDED) if source.startswith(EMBEDDED) else Path(source)
     path = local.expanduser()
-    return f"{path.suffix}{sha256_of([path])[0]}" if path.is_file() else source
+    if path.is_file():
+        return f"{path.suffix}{sha256_of([path])[0]}"
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    names = [str(file.relative_to(path)) for file in files]
+    return json.dumps([names, sha256_of(files)]) if files else source
 
 
 def _digest(names: Sequence[str], texts: Sequence[str]) -> str:
@@ -320,7 +326,7 @@ def read_published(folder: Path, path: str) -> SecondMoment:
 
 
 def _checked(moment: SecondMoment, model: PreTrainedModel, path: str) -> SecondMoment:
-    m = model.get_parameter(f"{path}.weight").shape[1]
+    m, _ = linear_sizes(model.get_submodule(path))
     if moment.total.shape != (m, m):
         raise UserError(f"method.statistics.published: {path} has {m} inputs, the file {tuple(moment.total.shape)}")
     return moment
