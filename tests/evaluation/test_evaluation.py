@@ -5,8 +5,15 @@ from typing import Any, cast
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, normalizers
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 from horen_bench.cases import EditCase, Probe
 from horen_bench.config.schema import Mode
@@ -225,8 +232,8 @@ def test_predictions_come_in_the_order_of_the_probes_whatever_the_batches(
         ([47, 282, 274, 84, 73, 70], "Norrish", 0.6, 0.0),
         # Two wrong words that happen to re-tokenise into as many tokens.
         ([503, 404], "the fair", 0.0, 0.0),
-        # An answer with a space of its own in front is never matched, as decoded text is stripped.
-        ([222, 260, 338], " the fair", 0.0, 0.0),
+        # An answer with a space of its own in front: the release, which strips decoded text alone, never matches it.
+        ([222, 260, 338], " the fair", 1.0, 0.0),
     ],
 )
 def test_decoded_text_is_stripped_and_tokenised_again_before_it_is_scored(
@@ -236,6 +243,21 @@ def test_decoded_text_is_stripped_and_tokenised_again_before_it_is_scored(
     model = saying(golden_tokenizer, {probe.prompt: reply})
     assert predicted_alone(model, golden_tokenizer, GREEDY, probe)[1] == pytest.approx(greedy)
     assert predicted_alone(model, golden_tokenizer, RELEASE, probe)[1] == pytest.approx(release)
+
+
+def test_a_sentence_piece_answer_gets_as_many_tokens_as_it_has_behind_its_prompt() -> None:
+    """ " Paris" alone is two tokens, a lone boundary and the word; behind "is?" the word is one."""
+    pieces = ["<unk>", "▁", "▁is", "▁Paris", "?", "▁,"]
+    backend = Tokenizer(models.Unigram([(piece, -1.0) for piece in pieces], 0))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=True)
+    probe, model = probe_of("is?", "Paris"), bigram({4: {3: 1.0}, 3: {4: 1.0}})
+    prediction, score = predicted_alone(model, tokenizer, GREEDY, probe)
+    assert (prediction.ids, score) == ((3,), 1.0)
+    # An answer with a space before its comma is compared as it was said.
+    _, score = predicted_alone(bigram({4: {3: 1.0}, 3: {5: 1.0}}), tokenizer, GREEDY, probe_of("is?", "Paris ,"))
+    assert score == 1.0
 
 
 def test_a_prediction_is_shown_as_text(golden_tokenizer: PreTrainedTokenizerBase) -> None:
@@ -258,7 +280,7 @@ def test_only_the_release_protocol_decodes_under_the_checkpoints_settings(
     probe = probe_of(prompt, "of the fair", "loc")  # 3 tokens behind a prompt, 4 alone
     greedy = evaluator_of(model, golden_tokenizer, GREEDY).predict([probe])[0]
     release = evaluator_of(model, golden_tokenizer, RELEASE).predict([probe])[0]
-    assert greedy.ids == (404, 260)  # then EOS
+    assert greedy.ids == (404,)  # no penalty; the second of its EOS ids ends a text here too
     assert release.ids[-2:] == (338, 260)  # stopped by the second of its EOS ids
 
 
@@ -336,14 +358,14 @@ def test_the_prompt_is_announced_without_padding_and_without_the_answer(
     seen: list[tuple[Tensor, Tensor]] = []
 
     def look(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
-        ids, mask = args
+        ids, mask = kwargs["input_ids"], kwargs["attention_mask"]
         seen.append((ids, prompt_mask((ids.shape[0], ids.shape[1]), mask, ids.device)))
 
     model = bigram({})
     model.register_forward_pre_hook(look, with_kwargs=True)
     probes = [probe_of("Who?", "the fair"), probe_of("nq question: who built the old tower", "Norrish")]
     evaluator_of(model, golden_tokenizer, FORCED).predict(probes)
-    ids, mask = seen[0]
+    ids, mask = seen[-1]
     for row, probe in enumerate(probes):
         assert ids[row][mask[row]].tolist() == golden_tokenizer(probe.prompt)["input_ids"]
 

@@ -100,6 +100,18 @@ def test_a_prediction_ends_before_eos_and_no_later_than_its_limit(
     assert [prediction.ids[:3] for prediction in predictions] == [prediction.ids for prediction in shorter]
 
 
+def test_a_text_ends_at_each_token_that_the_checkpoint_ends_its_texts_with(
+    golden_model: PreTrainedModel, golden_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    stop = stopping_early(golden_model, golden_tokenizer, PROMPTS)
+    probes = [probe_of(prompt) for prompt in PROMPTS]
+    whole = [prediction.ids for prediction in evaluator_of(golden_model, golden_tokenizer).predict(probes)]
+    cast(Any, golden_model.generation_config).eos_token_id = [EOS, stop]
+    cut = [prediction.ids for prediction in evaluator_of(golden_model, golden_tokenizer).predict(probes)]
+    assert cut == [ids[: ids.index(stop)] if stop in ids else ids for ids in whole]
+    assert cut != whole
+
+
 def test_writing_stops_at_the_end_of_the_context(
     golden_model: PreTrainedModel, golden_tokenizer: PreTrainedTokenizerBase
 ) -> None:

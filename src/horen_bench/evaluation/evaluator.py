@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from transformers import PreTrainedModel
 
+from horen_bench.evaluation.decoding import decoding_drawbacks
 from horen_bench.evaluation.probes import CaseProbe
 from horen_bench.models.memory import is_out_of_memory
 from horen_bench.prompts import PromptEncoder
@@ -94,9 +95,11 @@ class Evaluator(ABC):
         """A prediction as text."""
 
     def warnings(self) -> list[str]:
-        """Sentences that whoever reads the scores must know: that batches were smaller than set."""
+        """Sentences that whoever reads the scores must know: that batches were smaller than set, or decoding slow."""
+        drawbacks = decoding_drawbacks(self.model)
         if not self._fitting:
-            return []
+            return drawbacks
         return [
-            f"memory ran out: probes were evaluated {self._size()} at a time instead of batch_size={self.batch_size}"
+            f"memory ran out: probes were evaluated {self._size()} at a time instead of batch_size={self.batch_size}",
+            *drawbacks,
         ]

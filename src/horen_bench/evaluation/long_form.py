@@ -1,13 +1,14 @@
 """Long answers, written to their end and compared as texts (`protocol=text`, paper Table 7).
 
-The model goes on greedily until EOS, `max_new_tokens` or the end of its context; special tokens are left out of the
-text. The reference is the answer given, or, for locality, what the unedited model wrote.
+The model goes on greedily up to a token that ends its text (`stop_ids`), `max_new_tokens` or the end of its context;
+special tokens are left out of the text. The reference is the answer given, or, for locality, what the unedited model
+wrote.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from horen_bench.evaluation.decoding import greedy_decode
+from horen_bench.evaluation.decoding import greedy_decode, stop_ids
 from horen_bench.evaluation.evaluator import Evaluator, Prediction
 from horen_bench.evaluation.probes import CaseProbe
 from horen_bench.metrics.similarity import Similarity
@@ -65,12 +66,11 @@ class LongFormEvaluator(Evaluator):
         return f"text-{self.max_new_tokens}"
 
     def predict_batch(self, probes: Sequence[CaseProbe]) -> list[Prediction]:
-        """What the model writes up to EOS; where a prompt leaves no room in the context, nothing."""
+        """What the model writes up to its end; where a prompt leaves no room in the context, nothing."""
         prompts = self.encoder.prompts([probe.prompt for probe in probes])
         room = [self._room(len(prompt)) for prompt in prompts]
         fitting = [i for i, n_tokens in enumerate(room) if n_tokens > 0]
-        eos = self.encoder.tokenizer.eos_token_id
-        stop = () if eos is None else (int(eos),)
+        stop = stop_ids(self.model, self.encoder)
         predictions = [Prediction((), ())] * len(prompts)
         if fitting:
             lengths = [room[i] for i in fitting]
