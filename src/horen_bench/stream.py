@@ -74,7 +74,7 @@ def prepared(
     if config.threads:
         torch.set_num_threads(config.threads)
     source = config.model.model_dump(include={"hub_id", "dtype", "device_map", "revision"})
-    loaded = load_model(**source, device=device, template=config.template)
+    loaded = load_model(**source, device=device, template=config.template, template_date=config.template_date)
     sitting = environment(device)
     store.describe(config, sitting, stream_ids(cases))
     with Bars(console) as bars:
@@ -93,7 +93,7 @@ def prepared(
     editor.expect(cases)
     stream = EditStream(
         editor=editor,
-        limit=ContextLimit.of(loaded),
+        limit=evaluation.limit,
         evaluation=evaluation,
         cases=cases,
         store=store,

@@ -376,7 +376,7 @@ def test_a_warm_value_starts_at_the_output_and_changes_nothing_yet(engine: str, 
     editor.edit(CASES)
     assert [route and route.matched for route in editor.routes(prompts)] == [True] * 3
     assert decoded(editor, prompts, 5) == before
-    outputs = editor.read_at_prompts([editor.encoder.prompts(prompts[1:2])[0]], lambda _i, out, _m: out[0, -1])
+    outputs = editor.read_at_prompts([editor.encoder.prompts(prompts[1:2])[0]], lambda _i, out, _m: out[:, -1])
     torch.testing.assert_close(editor.codebook.values["vector"][1], outputs[0], rtol=1e-5, atol=1e-5)
 
 

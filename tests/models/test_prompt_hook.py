@@ -1,11 +1,13 @@
+import copy
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
+from horen_bench.errors import UserError
 from horen_bench.models.prompt_hook import PromptHook
 from horen_bench.prompts import Batch, PromptEncoder, Side, announced_prompt, last_prompt_positions, pad
 
@@ -232,6 +234,107 @@ def test_on_request_the_token_of_a_decode_step_is_a_prompt_too(
     hook.remove()
     generated(golden_model, pad(rows, PAD), use_cache=True)
     assert len(push.prompts) == 6
+
+
+# --- Modules and models of other kinds -----------------------------------------------------------------
+
+
+def small(kind: str, **settings: Any) -> PreTrainedModel:
+    """A random model of two layers, with weights large enough that its tokens are decided."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, hidden_size=32, num_hidden_layers=2, vocab_size=97, **settings)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.mul_(3)
+    return model
+
+
+OPT = {"ffn_dim": 64, "num_attention_heads": 4, "max_position_embeddings": 48, "word_embed_proj_dim": 32}
+SMALL = {
+    "opt": (OPT, "model.decoder.layers.0.fc2"),  # gets (B * T, m)
+    "mamba": ({"state_size": 4}, "backbone.layers.0.mixer.out_proj"),  # a cache without attention
+    "rwkv": ({"attention_hidden_size": 32}, "rwkv.blocks.0.feed_forward.value"),  # a state instead of it
+}
+
+
+@pytest.mark.parametrize("kind", SMALL)
+def test_other_architectures_are_pushed_at_the_prompt_alone(kind: str) -> None:
+    settings, path = SMALL[kind]
+    model, push = small(kind, **settings), Push()
+    push.push = 50 * push.push[:32]
+    row = [5, 6, 7, 8]
+    plain = generated(model, pad([row], 0))
+    PromptHook(model, model.get_submodule(path), push)
+    cached = generated(model, pad([row], 0))
+    assert push.prompts == [[[1, 1, 1, 1]]]
+    assert cached != plain
+    assert generated(model, pad([row], 0), use_cache=False) == cached
+
+
+def test_a_flattened_module_is_pushed_in_each_row_of_a_batch() -> None:
+    settings, path = SMALL["opt"]
+    model, push = small("opt", **settings), Push()
+    push.push = 50 * push.push[:32]
+    hook = PromptHook(model, model.get_submodule(path), push)
+    rows = [[5, 6, 7, 8], [9, 10]]
+    alone = [generated(model, pad([row], 1))[0] for row in rows]
+    assert generated(model, pad(rows, 1)) == alone
+    ((inputs, outputs, prompt),) = hook.read([pad(rows, 1)], lambda *tensors: tensors)
+    assert (inputs.shape, outputs.shape, prompt.shape) == ((2, 4, 64), (2, 4, 32), (2, 4))
+
+
+def test_of_a_module_that_gives_a_tuple_the_head_is_pushed(
+    golden_model: PreTrainedModel, rows: list[list[int]]
+) -> None:
+    """Attention, which is called by keyword, gives its weights as well."""
+    ids = torch.tensor(rows[:1])
+    before = golden_model(ids).logits
+    hook = PromptHook(golden_model, golden_model.get_submodule("model.layers.2.self_attn"), Push())
+    assert not torch.equal(golden_model(ids).logits[:, -1], before[:, -1])
+    assert torch.equal(golden_model(ids).logits[:, :-1], before[:, :-1])
+    hook.remove()
+    assert torch.equal(golden_model(ids).logits, before)
+
+
+class Expert(nn.Module):
+    """Sends every other token through its linear module."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.inner = nn.Linear(size, size)
+
+    def forward(self, states: Tensor) -> Tensor:
+        self.inner(states.flatten(0, 1)[::2])
+        return states
+
+
+def test_a_module_that_gets_some_of_the_tokens_is_refused_by_name(
+    golden_model: PreTrainedModel, rows: list[list[int]]
+) -> None:
+    golden_model.get_submodule("model.layers.2").mlp = Expert(64)
+    hook = PromptHook(golden_model, golden_model.get_submodule("model.layers.2.mlp.inner"), Push())
+    with pytest.raises(UserError, match=r"expert of a router"):
+        hook.read([pad(rows, PAD)], lambda *_: None)
+
+
+# --- A copy of the model ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_a_deep_copy_is_pushed_on_its_own(
+    use_cache: bool, golden_model: PreTrainedModel, rows: list[list[int]]
+) -> None:
+    batch = pad(rows, PAD, "right")
+    plain, hook = generated(golden_model, batch), hooked(golden_model, Push())
+    pushed, logits = generated(golden_model, batch), golden_model(batch.input_ids, batch.attention_mask).logits
+    twin = copy.deepcopy(golden_model)
+    hook.remove()
+    assert generated(golden_model, batch) == plain
+    assert generated(twin, batch, use_cache=use_cache) == pushed
+    assert torch.equal(twin(batch.input_ids, batch.attention_mask).logits, logits)
+    golden_model.get_submodule(MODULE).get_parameter("weight").zero_()
+    assert generated(twin, batch, use_cache=use_cache) == pushed, "the copy's weights are its own"
 
 
 # --- Nothing is left behind ----------------------------------------------------------------------------

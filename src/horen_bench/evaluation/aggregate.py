@@ -14,6 +14,8 @@ from horen_bench.evaluation.evaluator import Evaluator, Prediction
 from horen_bench.evaluation.probes import CaseProbe
 from horen_bench.metrics.token_match import mean_interval, op_interval, overall_performance
 
+_OF_A_PROBE = ("case", "family", "score", "base_score", "prediction", "entry", "route_score", "matched")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunFacts:
@@ -65,6 +67,8 @@ def per_probe(
 
     A protocol's own score is `score` and `base_score`, a named one `score_<metric>` and `base_score_<metric>`.
     """
+    if not probes:
+        return pd.DataFrame(columns=list(_OF_A_PROBE), dtype=float)
     scores, before = evaluator.scores(probes, predictions, base), evaluator.scores(probes, base, base)
     return pd.DataFrame(
         {

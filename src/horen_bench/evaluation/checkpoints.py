@@ -1,11 +1,13 @@
 """A run's evaluation: which probes of a prefix, under which protocol, with which warnings."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from horen_bench.cases import EditCase, Route
 from horen_bench.config.schema import RunConfig
 from horen_bench.datasets.audit import dominating_mention, paraphrase_warnings, touched_probes
+from horen_bench.errors import UserError
 from horen_bench.evaluation.aggregate import Evaluated, per_probe
 from horen_bench.evaluation.cache import PredictionCache, base_predictions
 from horen_bench.evaluation.evaluator import Evaluator
@@ -13,15 +15,19 @@ from horen_bench.evaluation.long_form import LongFormEvaluator, TextScorer
 from horen_bench.evaluation.probes import CaseProbe, probes_of, sample
 from horen_bench.evaluation.token_match import TokenMatchEvaluator, protocol_of
 from horen_bench.metrics.similarity import BertScoreF1, MiniLmCosine, free_device
+from horen_bench.models.context import ContextLimit, named
 from horen_bench.models.loading import LoadedModel
 from horen_bench.profiling import Stopwatch
 from horen_bench.progress import Bars
+
+_PREDICTING = 2  # in the names of kept predictions; one more whenever the program predicts otherwise than before
 
 
 class CheckpointEvaluation:
     """Evaluates prefixes of a stream under the protocols of a run.
 
-    Built while the model is unedited, whose predictions are made then.
+    Built while the model is unedited, whose predictions are made then. A probe that does not fit the model's context is
+    left out of its score, and named.
 
     Args:
         config: of the run.
@@ -31,7 +37,11 @@ class CheckpointEvaluation:
         bars: where progress is shown.
 
     Attributes:
-        probes: all that may be evaluated, in case order.
+        limit: of the model's context.
+        probes: all that may be evaluated and fit the context with their answers, in case order.
+
+    Raises:
+        UserError: the context has room for no probe.
     """
 
     def __init__(
@@ -43,11 +53,16 @@ class CheckpointEvaluation:
         bars: Bars,
     ) -> None:
         self._config = config
+        self.limit = ContextLimit.of(loaded)
         self._cases = cases
         self._caches: dict[str, PredictionCache] = {}
-        self.probes = probes_of(cases, sorted(self._sampled(checkpoints)))
+        every = probes_of(cases, sorted(self._sampled(checkpoints)))
+        self.probes = [probe for probe in every if self.limit.holds(probe.prompt, probe.answer)]
+        self._fitting: dict[str, list[CaseProbe]] = {}
+        self._too_long: dict[str, list[CaseProbe]] = {}
         for protocol in dict.fromkeys(name for names in checkpoints.values() for name in names):
-            probes = self._about(self._sampled(n for n, names in checkpoints.items() if protocol in names))
+            positions = self._sampled(n for n, names in checkpoints.items() if protocol in names)
+            probes = self._sorted_out(protocol, _about(every, positions))
             evaluator = evaluator_of(protocol, config, loaded)
             base = base_predictions(evaluator, probes, _base_file(config, loaded, evaluator), bars)
             self._caches[protocol] = PredictionCache(evaluator, base, reuse=config.reuse)
@@ -68,7 +83,8 @@ class CheckpointEvaluation:
         touched = {(each.case, each.probe.prompt) for each in touches}
         left_out = touched if self._config.locality == "clean" else set()
         positions = sample(n, self._config.eval_cases, self._config.seed)
-        probes = [probe for probe in self._about(set(positions)) if not _is_locality_of(probe, left_out)]
+        fitting = _about(self._fitting[protocol], set(positions))
+        probes = [probe for probe in fitting if not _is_locality_of(probe, left_out)]
         advance = bars.bar(f"evaluating at N={n}, {protocol}", len(probes), "probes")
         seconds = Stopwatch()
         routes = routes_of([probe.prompt for probe in probes])
@@ -86,6 +102,7 @@ class CheckpointEvaluation:
                 *cache.evaluator.warnings(),
                 *self._locality_warnings(n, len(touched), dominating_mention(touches)),
                 *paraphrase_warnings(prefix),
+                *self._length_warnings(n, _about(self._too_long[protocol], set(positions))),
             ],
         )
 
@@ -93,8 +110,28 @@ class CheckpointEvaluation:
         """Positions of the cases that are evaluated at any of the checkpoints."""
         return {i for n in checkpoints for i in sample(n, self._config.eval_cases, self._config.seed)}
 
-    def _about(self, positions: set[int]) -> list[CaseProbe]:
-        return [probe for probe in self.probes if probe.case in positions]
+    def _sorted_out(self, protocol: str, probes: Sequence[CaseProbe]) -> list[CaseProbe]:
+        """The probes that fit the context under a protocol: with their answers, but texts end where it ends."""
+        writes = protocol == "text"
+        fits = {probe: self.limit.holds(probe.prompt, None if writes else probe.answer) for probe in probes}
+        self._fitting[protocol] = [probe for probe in probes if fits[probe]]
+        self._too_long[protocol] = [probe for probe in probes if not fits[probe]]
+        if probes and not self._fitting[protocol]:
+            raise UserError(
+                f"protocol={protocol}: none of the {len(probes)} probes fits the model's {self.limit.positions} "
+                "positions; choose a model with a longer context, or a dataset with shorter prompts"
+            )
+        return self._fitting[protocol]
+
+    def _length_warnings(self, n: int, probes: Sequence[CaseProbe]) -> list[str]:
+        if not probes:
+            return []
+        counts = ", ".join(f"{count} {family}" for family, count in Counter(p.family for p in probes).items())
+        ids = dict.fromkeys(self._cases[probe.case].id for probe in probes)
+        return [
+            f"N={n}: probes that are longer than the model's {self.limit.positions} positions were left out "
+            f"({counts}); of case {named([*ids])}"
+        ]
 
     def _locality_warnings(self, n: int, n_touched: int, cause: str) -> list[str]:
         if not n_touched:
@@ -123,9 +160,13 @@ def evaluator_of(protocol: str, config: RunConfig, loaded: LoadedModel) -> Evalu
 
 def _base_file(config: RunConfig, loaded: LoadedModel, evaluator: Evaluator) -> Path:
     """Where predictions of the unedited model are kept for all runs."""
-    chat = "" if config.template == "none" else "-chat"
-    name = f"{loaded.fingerprint}-{evaluator.cache_name}{chat}.json"
+    chat = "" if config.template == "none" else f"-chat-{config.template_date}"
+    name = f"{loaded.fingerprint}-{evaluator.cache_name}{chat}-{_PREDICTING}.json"
     return Path(config.results_dir) / "base_predictions" / name
+
+
+def _about(probes: Sequence[CaseProbe], positions: set[int]) -> list[CaseProbe]:
+    return [probe for probe in probes if probe.case in positions]
 
 
 def _is_locality_of(probe: CaseProbe, probes: set[tuple[int, str]]) -> bool:

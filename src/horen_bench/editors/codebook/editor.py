@@ -11,6 +11,7 @@ import math
 import time
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import ClassVar, TypeVar
 
 import torch
@@ -29,13 +30,13 @@ from horen_bench.editors.codebook.queries import suffix_mean
 from horen_bench.editors.codebook.routing import Agreement, Decision, Matches, RouterDescription
 from horen_bench.editors.codebook.slices import Slice
 from horen_bench.editors.codebook.training import Schedule, TrainedValue, Value, ValueJob, train_on_whole_model
-from horen_bench.models.architecture import check_linear, is_last_layer
+from horen_bench.models.architecture import check_linear, compute_dtype, device_of, is_last_layer, linear_sizes
+from horen_bench.models.padding import together
 from horen_bench.models.partial import FastPath, UpperLayers
 from horen_bench.models.prompt_hook import PromptHook
 from horen_bench.prompts import EncodedEdit, PromptEncoder, last_prompt_positions, pad
 
 CodebookConfigT = TypeVar("CodebookConfigT", bound=CodebookConfig)
-ReadingT = TypeVar("ReadingT")
 
 # Edits that the parallel engine likes to get at once: of a large model fewer, so that a slice takes about a minute.
 _MOST_EDITS = 1024
@@ -44,7 +45,7 @@ _FEWEST_EDITS = {"cpu": 16, "cuda": 128}  # still enough rows side by side
 _MOST_QUERIES = 256  # routed at once, and
 _MOST_SCORES = 1 << 24  # entries of a score matrix
 _NO_TOKEN = "prompt or target has no token"
-_NO_KEY = "the prompt's key is not finite; nothing was written"
+_NO_KEY = "the prompt's key, or the module's output there, is not finite; nothing was written"
 
 
 class CodebookEditor(Editor[CodebookConfigT]):
@@ -77,15 +78,16 @@ class CodebookEditor(Editor[CodebookConfigT]):
         super().__init__(model, tokenizer, config, seed=seed)
         linear = check_linear(model, config.module, where="method.module")
         self.slice_size = parallel_slice(model) if config.engine == "parallel" else 1
-        self.adaptor = self.new_adaptor(linear.out_features)
+        n_inputs, n_outputs = linear_sizes(linear)
+        self.adaptor = self.new_adaptor(n_outputs)
         # Keys are means of the model's activations, so its own dtype holds them at half the memory of float32.
-        weight = linear.weight
-        self.codebook = self.codebook_class(linear.in_features, self.adaptor.shapes, weight.device, weight.dtype)
+        kind = (device_of(linear), compute_dtype(model, linear))
+        self.codebook = self.codebook_class(n_inputs, self.adaptor.shapes, *kind)
         self.hook = self.new_hook()
         self.n_edits = 0
         self._schedule = Schedule(self.adaptor.learning_rate, config.n_steps, config.early_stopping)
         self._fast = FastPath(
-            lambda: UpperLayers(model, config.module),
+            partial(UpperLayers, model, config.module),
             "values were trained one by one on the whole model",
             wanted=config.engine == "parallel",
         )
@@ -138,21 +140,37 @@ class CodebookEditor(Editor[CodebookConfigT]):
         pooled = suffix_mean(inputs, prompt_mask, self.config.pooling_ratio)
         return F.normalize(pooled, dim=-1) if self.config.normalize else pooled
 
+    def _key(self, inputs: Tensor, outputs: Tensor, prompt_mask: Tensor) -> Tensor:
+        """The queries `(B, m)`; NaN where a value could not act, because the module's own output is not finite."""
+        last = outputs[range(len(outputs)), last_prompt_positions(prompt_mask)]
+        return torch.where(last.isfinite().all(dim=1, keepdim=True), self.query(inputs, prompt_mask), torch.nan)
+
     def queries(self, prompts: Sequence[Sequence[int]], batch_size: int = 64) -> Tensor:
         """Queries of tokenised prompts, `(len(prompts), m)`, read from the frozen network."""
-        batches = self.read_at_prompts(prompts, lambda inputs, _, mask: self.query(inputs, mask), batch_size)
-        return torch.cat(batches) if batches else self.codebook.keys[:0].float()
+        if not prompts:
+            return self.codebook.keys[:0].float()
+        return self.read_at_prompts(prompts, self._key, batch_size)
 
     def read_at_prompts(
         self,
         prompts: Sequence[Sequence[int]],
-        reader: Callable[[Tensor, Tensor, Tensor], ReadingT],
+        reader: Callable[[Tensor, Tensor, Tensor], Tensor],
         batch_size: int = 64,
-    ) -> list[ReadingT]:
-        """What `reader` makes of the hooked module's input, its own output and the prompt mask, batch by batch."""
-        starts = range(0, len(prompts), batch_size)
-        rows = (prompts[start : start + batch_size] for start in starts)
-        return self.hook.read((pad(part, self.encoder.pad_id, device=self.model.device) for part in rows), reader)
+    ) -> Tensor:
+        """What `reader` makes `(B, ...)` of the hooked module's input, its own output and the prompt mask, row by row.
+
+        Args:
+            prompts: token ids, at least one row.
+            reader: called for each batch.
+            batch_size: most rows of one; what may not share one does not.
+        """
+        groups = together(self.model, [len(prompt) for prompt in prompts])
+        batches = [group[i : i + batch_size] for group in groups for i in range(0, len(group), batch_size)]
+        rows = ([prompts[i] for i in batch] for batch in batches)
+        readings = torch.cat(
+            self.hook.read((pad(part, self.encoder.pad_id, device=self.model.device) for part in rows), reader)
+        )
+        return readings[torch.tensor([i for batch in batches for i in batch], device=readings.device).argsort()]
 
     # --- Routing ---------------------------------------------------------------------------------------
 
@@ -163,25 +181,41 @@ class CodebookEditor(Editor[CodebookConfigT]):
         queries = self.queries(self.encoder.prompts(prompts))
         routes: list[Route | None] = []
         for start in range(0, len(queries), self.block_size()):
-            routes += self.as_routes(self.match(queries[start : start + self.block_size()]))
+            routes += self.as_routes(self.routed(queries[start : start + self.block_size()]))
         return routes
 
     def block_size(self) -> int:
         """Queries that are routed at once, so that no score matrix grows past a fixed size with the codebook."""
         return max(1, min(_MOST_QUERIES, _MOST_SCORES // max(1, len(self.codebook))))
 
+    def routed(self, queries: Tensor) -> Matches:
+        """As `match`; what can be no key matches no entry, and has the score NaN."""
+        usable = self.usable(queries)
+        matches = self.match(torch.where(usable[:, None], queries, 0))
+        return Matches(matches.entries, matches.scores.masked_fill(~usable, torch.nan), matches.matched & usable)
+
+    def usable(self, queries: Tensor) -> Tensor:
+        """Of each query `(B, m)`, whether it can be a key: of finite length, and on the unit sphere a direction."""
+        fine: Tensor = torch.linalg.vector_norm(queries, dim=1).isfinite()
+        if self.config.normalize:
+            fine &= queries.any(dim=1)  # activations too large to be squared come out as zero
+        return fine
+
     def as_routes(self, matches: Matches) -> list[Route]:
         """Matches as plain values."""
         columns = (matches.entries.tolist(), matches.scores.tolist(), matches.matched.tolist())
         versions = self.codebook.versions
-        return [Route(entry, score, hit, versions[entry]) for entry, score, hit in zip(*columns, strict=True)]
+        return [
+            Route(None if math.isnan(score) else entry, score, hit, versions[entry])
+            for entry, score, hit in zip(*columns, strict=True)
+        ]
 
     # --- Inference: the matched value at the last prompt token -------------------------------------------
 
     def _respond(self, inputs: Tensor, outputs: Tensor, prompt_mask: Tensor) -> Tensor | None:
         if len(self.codebook) == 0:
             return None
-        matches = self.match(self.query(inputs, prompt_mask))
+        matches = self.routed(self._key(inputs, outputs, prompt_mask))
         rows = matches.matched.nonzero()[:, 0]
         if rows.numel() == 0:
             return None
@@ -213,7 +247,7 @@ class CodebookEditor(Editor[CodebookConfigT]):
         problems = {i: _NO_TOKEN for i, edit in enumerate(encoded) if not (edit.prompt and edit.target)}
         kept = [i for i in range(len(cases)) if i not in problems]
         queries = self.queries([encoded[i].prompt for i in kept])
-        usable = self._usable(queries)
+        usable = self.usable(queries).tolist()
         problems |= {i: _NO_KEY for i, fine in zip(kept, usable, strict=True) if not fine}
         if not all(usable):
             kept, queries = [i for i in kept if i not in problems], queries[usable]
@@ -243,20 +277,12 @@ class CodebookEditor(Editor[CodebookConfigT]):
         written.commit()
         return written
 
-    def _usable(self, queries: Tensor) -> list[bool]:
-        """Of each query, whether it can be a key: a number, and on the unit sphere a direction."""
-        fine = queries.isfinite().all(dim=1)
-        if self.config.normalize:
-            fine &= queries.any(dim=1)  # activations too large to be squared come out as zero
-        usable: list[bool] = fine.tolist()
-        return usable
-
     def consistent(self, entry: int, edit: EncodedEdit) -> bool:
         """Whether the target that made an entry agrees with the edit's."""
         return self.agreements[self.config.label_rule](self.codebook, entry, edit)
 
     def _trained(self, jobs: Sequence[ValueJob]) -> Iterator[tuple[ValueJob, TrainedValue]]:
-        if upper := self._fast.layers():
+        if upper := self._fast.layers(max((len(job.edit.ids) for job in jobs), default=0)):
             return train_values(jobs, upper, self.adaptor.added, self._schedule, self.config.train_batch)
         whole = (self.model, self.hook, self._written, self._schedule)
         return ((job, train_on_whole_model(job, *whole)) for job in jobs)

@@ -12,7 +12,8 @@ def suffix_mean(inputs: Tensor, mask: Tensor, ratio: float) -> Tensor:
     rank_from_end = n_prompt[:, None] - mask.cumsum(dim=1)
     pooled = mask & (rank_from_end < n_pooled[:, None])
     weights = pooled.float() / pooled.sum(dim=1, keepdim=True)
-    return torch.einsum("bt,btm->bm", weights, inputs.float())
+    # What is not pooled may not be finite, the first token in half precision above all: zero times that is no zero.
+    return torch.einsum("bt,btm->bm", weights, torch.where(pooled[:, :, None], inputs.float(), 0))
 
 
 def in_words(ratio: float) -> str:

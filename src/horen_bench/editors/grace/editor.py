@@ -185,11 +185,13 @@ class GraceEditor(CodebookEditor[GraceConfig]):
     def _start_at_outputs(self, decisions: Sequence[Decision], edits: Sequence[EncodedEdit]) -> None:
         """Give new entries the module's output at the last prompt token as their first value."""
         new = [i for i, decision in enumerate(decisions) if decision.action != "fine_tuned"]
-        batches = self.read_at_prompts(
+        if not new:
+            return
+        outputs = self.read_at_prompts(
             [edits[i].prompt for i in new],
             lambda _, outputs, mask: outputs[range(len(outputs)), last_prompt_positions(mask)].float(),
         )
-        for i, output in zip(new, torch.cat(batches) if batches else (), strict=True):
+        for i, output in zip(new, outputs, strict=True):
             self.codebook.set_value(decisions[i].entry, {"vector": output})
 
 
