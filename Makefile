@@ -10,7 +10,7 @@ FIGURES := figure1 figure4 figure5 figure6 figure7 figure8 figure9 figure10 figu
 JOBS ?= 1
 GRID = $(if $(SUITE),suite=$(SUITE)) $(if $(MODELS),model=$(MODELS)) $(ARGS) --jobs $(JOBS)
 
-.PHONY: help setup run test check stress faults paper $(TABLES) figures $(FIGURES) report gpu format tiny clean
+.PHONY: help setup run test check stress faults paper $(TABLES) figures $(FIGURES) report gpu architectures format tiny clean
 
 setup: $(READY)
 
@@ -60,6 +60,9 @@ report: setup  ## one page about all stored runs, results/report.html; ARGS="res
 # WITH=python3 takes an interpreter that has the dependencies already, and no .venv is made.
 gpu: $(if $(WITH),,setup)  ## measure all that needs a GPU, in under nine minutes, into results/gpu; ARGS=--dry tries it on the CPU
 	$(if $(WITH),PYTHONPATH="$(CURDIR)/src" $(WITH),$(BIN)/python) benchmarks/gpu_suite.py $(ARGS)
+
+architectures: setup  ## what each method does on each architecture of transformers, into docs/models.md (a minute)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/architectures.py --write
 
 format: setup  ## put the code into the form that check wants
 	$(BIN)/ruff check --fix

@@ -25,7 +25,7 @@ _ARGUMENTS = {
     "unke": "--edits 1 --target-tokens 4",
     "wise": "--edits 1 --plain-edits 1 --shards 2",
 }
-_NO_SCRIPTS = {"common", "work", "gpu_suite"}
+_NO_SCRIPTS = {"common", "work", "gpu_suite", "architectures"}  # the last has tests of its own
 
 
 @pytest.fixture(autouse=True)
