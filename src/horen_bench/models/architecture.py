@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from horen_bench.config.schema import ModelConfig
 from horen_bench.errors import UserError
+from horen_bench.models.building.built import BUILT, built_folder
 from horen_bench.models.pretrained import bare_model, pretrained
 from horen_bench.models.weights import check_settings, model_source
 
@@ -86,6 +87,8 @@ def without_weights(model: ModelConfig) -> PreTrainedModel | None:
     source = Path(model_source(model.hub_id))
     if source.is_dir():
         return folder_skeleton(source)
+    if built_folder(model.hub_id) and not model.hub_id.startswith(BUILT):
+        return None  # a GGUF file: what it holds is known once it is converted
     return skeleton(model.architecture) if model.architecture else None
 
 

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import torch
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError
+from rich.console import Console
 from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from horen_bench.errors import UserError
+from horen_bench.models.building.built import build
 from horen_bench.models.memory import out_of_memory_in
 from horen_bench.models.pretrained import pretrained, refuse_non_finite, whole_model
 from horen_bench.models.weights import check_settings, model_source, weights_fingerprint
@@ -56,7 +58,8 @@ def load_model(
     """Load a model from safetensors; code from the hub is never run.
 
     Args:
-        hub_id: a hub id, a local folder, or `embedded:NAME` for a model that travels with the package.
+        hub_id: a hub id, a local folder, `embedded:NAME` for a model that travels with the package; `built:NAME` or
+            a GGUF file for one that is built into the user's cache first.
         dtype: a torch dtype by name, e.g. `bfloat16`.
         device: where to put it when `device_map` is None, e.g. `cuda`.
         device_map: `auto` spreads the layers over several GPUs (accelerate).
@@ -68,7 +71,7 @@ def load_model(
         UserError: no such dtype, device or template; the files are missing, gated, damaged, not safetensors or not
             those of one model; a weight is not finite; or memory ran out.
     """
-    source = model_source(hub_id)
+    source = _at_hand(hub_id)
     weights_dtype, place = _dtype(dtype), None if device_map else _device(device)
     encoder = PromptEncoder(load_tokenizer(hub_id, revision), template, template_date)
     with _in_words(hub_id), quiet_transformers():
@@ -93,7 +96,7 @@ def load_tokenizer(hub_id: str, revision: str | None = None) -> PreTrainedTokeni
     Raises:
         UserError: as `load_model`.
     """
-    source = model_source(hub_id)
+    source = _at_hand(hub_id)
     if Path(source).is_dir():
         check_settings(Path(source))
     with _in_words(hub_id, "its tokenizer: "):
@@ -106,6 +109,12 @@ def default_device() -> str:
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def _at_hand(hub_id: str) -> str:
+    """What transformers loads; a model that is to be built is built now, which takes minutes once."""
+    build(hub_id, Console(stderr=True))
+    return model_source(hub_id)
 
 
 def _dtype(name: str) -> torch.dtype:

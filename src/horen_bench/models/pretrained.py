@@ -37,6 +37,15 @@ def pretrained(kind: Any, source: str | Path, **settings: Any) -> Any:
     return kind.from_pretrained(source, **settings, trust_remote_code=False)
 
 
+def from_gguf(kind: Any, file: Path, **settings: Any) -> Any:
+    """`kind.from_pretrained` of what a GGUF file holds, de-quantised; a GGUF file has no code in it.
+
+    Raises:
+        Exception: as `pretrained`, and whatever the package gguf raises.
+    """
+    return kind.from_pretrained(file.parent, gguf_file=file.name, **settings, trust_remote_code=False)
+
+
 def bare_model(config: PreTrainedConfig) -> PreTrainedModel:
     """The module tree of a causal language model on torch's `meta` device; code of the model's is not run.
 

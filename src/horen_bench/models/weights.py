@@ -8,6 +8,7 @@ from typing import Any
 from huggingface_hub import try_to_load_from_cache
 
 from horen_bench.errors import UserError
+from horen_bench.models.building.built import built_folder
 from horen_bench.models.file_hashes import sha256_of
 from horen_bench.paths import resource
 
@@ -29,11 +30,13 @@ _MEND = "copy the folder again from where the model comes from"
 
 
 def model_source(hub_id: str) -> str:
-    """What transformers loads: the folder of an embedded model, else the id as given.
+    """What transformers loads: the folder of an embedded or built model, else the id as given.
 
     Raises:
-        UserError: a folder that is not there, or no such embedded model.
+        UserError: a folder that is not there, no such embedded model, or none that can be built.
     """
+    if folder := built_folder(hub_id):
+        return str(folder)
     if hub_id.startswith(("/", ".", "~")) and not Path(hub_id).expanduser().is_dir():
         raise UserError(f"model.hub_id={hub_id}: there is no such folder; give a hub id or an existing folder")
     if not hub_id.startswith(EMBEDDED):
@@ -45,7 +48,9 @@ def model_source(hub_id: str) -> str:
 
 
 def weights_at_hand(hub_id: str, revision: str | None = None) -> bool:
-    """Whether a model's weights are on this machine: a folder, or in the hub's cache; nothing is fetched."""
+    """Whether a model's weights are on this machine: a folder, built, or in the hub's cache; nothing is fetched."""
+    if folder := built_folder(hub_id):
+        return folder.is_dir()
     if hub_id.startswith(EMBEDDED) or Path(hub_id).expanduser().is_dir():
         return True
     names = ("model.safetensors", "model.safetensors.index.json")
@@ -59,17 +64,19 @@ def weights_fingerprint(hub_id: str, dtype: str, revision: str | None = None) ->
     change what the model says. It is the same for a copy of the folder.
 
     Args:
-        hub_id: a hub id, a local folder, or `embedded:NAME`.
+        hub_id: a hub id, a local folder, `embedded:NAME`, `built:NAME` or a GGUF file.
         dtype: that the weights are loaded in.
         revision: branch, tag or commit on the hub.
 
     Returns:
-        None for a model of the hub that is not in the local cache.
+        None for a model that is not here: of the hub and not in the local cache, or not built yet.
 
     Raises:
         UserError: no such folder or embedded model, or a file of it cannot be read.
     """
     source = Path(model_source(hub_id))
+    if built_folder(hub_id) and not source.is_dir():
+        return None
     name = _content_hash(source) if source.is_dir() else _cached_commit(hub_id, revision)
     return f"{name[:16]}-{dtype}" if name else None
 
