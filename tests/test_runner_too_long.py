@@ -73,7 +73,7 @@ def test_a_long_probe_is_left_out_under_every_protocol(
         assert row[f"{family}{metric}"] == pytest.approx(cases[f"{family}{metric}"].mean())
         (note,) = [line for line in row["warnings"].splitlines() if "left out" in line]
         assert f"(1 {family})" in note
-        assert note.endswith(f"of {cases['case_id'].iloc[1]}")
+        assert note.endswith(f"of case {cases['case_id'].iloc[1]}")
     assert timed
     assert not any("word word" in prompt for prompt in timed)
 

@@ -225,7 +225,7 @@ def test_what_needs_no_model_does_not_wait_for_torch() -> None:
     [
         (
             ["inspect", "zrse"],
-            "dataset=zrse: there is no such dataset; write one of counterfact, facts, mquake, passages, unke, "
+            "dataset=zrse: there is no such dataset; write one of counterfact, facts, mquake, passages, records, unke, "
             "wikibigedit, wikiupdate, zsre, zsre_50k",
         ),
         (
