@@ -37,7 +37,7 @@ from torch import Tensor
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
-from horen_bench.errors import UserError
+from horen_bench.errors import UserError, reason_of
 
 Side = Literal["left", "right"]
 Template = Literal["none", "model"]
@@ -216,7 +216,7 @@ class PromptEncoder:
         ]
 
     def unreadable(self, target: str) -> str | None:
-        """Why no model can be heard to say a target with this tokenizer; None where nothing is against it."""
+        """Why a target can be neither learnt nor compared with this tokenizer; None where nothing is against it."""
         (ids,) = self.continuations([target])
         lost = self.tokenizer.convert_ids_to_tokens([token for token in ids if token in self._special])
         if not lost:
@@ -248,7 +248,7 @@ class PromptEncoder:
         try:
             return str(self._chat_template.render(**self.tokenizer.special_tokens_map, **given))
         except Exception as error:  # a template is a program, which can fail in any way
-            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            reason = reason_of(error, with_kind=True)
             raise UserError(
                 f"template=model: the chat template of this model fails for the prompt {prompt[:60]!r} ({reason}); "
                 f"{_OTHER_TEMPLATE}"

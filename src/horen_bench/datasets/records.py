@@ -15,7 +15,7 @@ from typing import Any, NoReturn, TypeGuard
 import orjson
 
 from horen_bench.cases import Probe
-from horen_bench.errors import UserError
+from horen_bench.errors import UserError, reason_of
 
 _SURROGATE = re.compile("[\ud800-\udfff]")  # half a character: JSON can escape it, no tokenizer can read it
 _DIALECTS: dict[str, type[csv.Dialect]] = {".csv": csv.excel, ".tsv": csv.excel_tab}
@@ -245,7 +245,7 @@ def _parquet_rows(path: Path) -> list[Any]:
     try:
         rows: list[Any] = read_table(path).to_pylist()
     except (ArrowException, OSError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = reason_of(error)
         raise UserError(f"{path} is damaged or no Parquet file ({reason}); write it again") from error
     return rows
 

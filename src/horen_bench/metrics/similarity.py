@@ -17,7 +17,7 @@ from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 from transformers import AutoModel, AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerBase, RobertaTokenizer
 
-from horen_bench.errors import UserError
+from horen_bench.errors import UserError, reason_of
 from horen_bench.models.pretrained import pretrained, refuse_non_finite, whole_model
 from horen_bench.progress import quiet_transformers
 
@@ -58,7 +58,7 @@ class Similarity(ABC):
             with quiet_transformers():
                 self._compare = self.loaded(located(self.model))
         except Exception as error:  # a score that is missing must not cost the run, whatever the reason
-            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            reason = reason_of(error)
             sentence = str(error) if isinstance(error, UserError) else f"{self.model} cannot be loaded ({reason})"
             advice = f"give its folder with {self.setting}= and run again with force=true"
             self.problem = f"{self.name} is missing: {sentence}; {advice}"

@@ -11,7 +11,7 @@ from rich.console import Console
 from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from horen_bench.errors import UserError
+from horen_bench.errors import UserError, reason_of
 from horen_bench.models.building.built import build
 from horen_bench.models.memory import out_of_memory_in
 from horen_bench.models.pretrained import pretrained, refuse_non_finite, whole_model
@@ -160,7 +160,7 @@ def _why_not_loaded(hub_id: str, part: str, error: Exception) -> str:
             f"{hub_id} is not in the local cache and huggingface.co cannot be reached; download it elsewhere "
             "and give its folder with model.hub_id=/path/to/folder"
         )
-    reason = " ".join(str(error).split())[:200] or type(error).__name__
+    reason = reason_of(error)
     if isinstance(error, KeyError | AttributeError | TypeError):  # whose text alone says little
         reason = f"{type(error).__name__}: {reason}"
     damaged = _damaged_files(Path(model_source(hub_id))) if isinstance(error, SafetensorError) else ""

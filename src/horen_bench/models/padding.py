@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from horen_bench.errors import UserError
+from horen_bench.errors import UserError, reason_of
 from horen_bench.models.calls import run
 from horen_bench.models.memory import is_out_of_memory
 from horen_bench.prompts import pad
@@ -115,7 +115,7 @@ def _logits(model: PreTrainedModel, rows: Sequence[Sequence[int]]) -> Tensor:
     except Exception as error:  # each architecture fails in its own way
         if is_out_of_memory(error):
             raise
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        reason = reason_of(error, with_kind=True)
         raise UserError(
             f"{type(model).__name__} cannot be run on token ids, an attention mask and positions alone ({reason}); "
             "choose a decoder-only causal language model"

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from horen_bench.errors import UserError
+from horen_bench.errors import UserError, reason_of
 from horen_bench.models.weights import EMBEDDED
 from horen_bench.paths import resource
 
@@ -98,6 +98,6 @@ def _load_from_hub(source: str, named: str) -> Sequence[Any]:
     try:
         rows: Sequence[Any] = load_dataset(name, configuration or None, split="train")
     except Exception as error:  # the hub's client raises what it likes
-        reason = " ".join(str(error).split())[:200]
+        reason = reason_of(error)
         raise UserError(f"{named} cannot be loaded ({reason}); {advice}") from error
     return rows

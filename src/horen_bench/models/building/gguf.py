@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from horen_bench.errors import UserError
+from horen_bench.errors import UserError, reason_of
 from horen_bench.models.memory import out_of_memory_in
 from horen_bench.models.pretrained import from_gguf
 
@@ -56,7 +56,7 @@ def _read(kind: Any, file: Path, **settings: Any) -> Any:
     try:
         return from_gguf(kind, file, **settings)
     except Exception as error:  # each architecture and the package gguf raise what they like
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = reason_of(error)
         raise UserError(
             f"{file} cannot be converted ({reason}); copy it again from where it comes from, or take the model's "
             "*.safetensors in place of its *.gguf"
